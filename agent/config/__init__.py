@@ -1,0 +1,1 @@
+"""Configuration: the schema of `config.toml` and where its text comes from."""

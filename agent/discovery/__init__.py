@@ -1,0 +1,1 @@
+"""Sources of workloads. Nothing below here knows nginx."""

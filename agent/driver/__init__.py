@@ -1,0 +1,1 @@
+"""The way to OpenResty. Nothing below here knows Docker."""
