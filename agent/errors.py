@@ -14,7 +14,8 @@ that code inside never has to know a library. What may be tried again is a class
     ├── RenderError              a template cannot be read or fails
     └── DriverError              an OpenResty instance failed
         ├── InstanceUnreachable      (Retryable) no answer, refused, timed out
-        ├── InstanceUnauthorized     the token was refused
+        ├── InstanceUnauthorized     the token was refused, or ours cannot be read
+        ├── InstanceBusy             (Retryable) another push is being applied
         ├── RevisionConflict         (Retryable) base revision differs; carries the current one
         ├── LeaseHeld                (Retryable) another writer holds the lease
         ├── PushRefused              the instance refused the push whole; carries the reasons
@@ -28,7 +29,7 @@ class TidegateError(Exception):
     """Root of all errors raised by Tidegate."""
 
 
-class Retryable(Exception):  # noqa: N818 - a marker that is mixed in, not an error of its own
+class Retryable(Exception):
     """Mixed into errors after which the same call may succeed later."""
 
 
@@ -86,6 +87,10 @@ class InstanceUnreachable(DriverError, Retryable):
 
 class InstanceUnauthorized(DriverError):
     """The instance refused the token."""
+
+
+class InstanceBusy(DriverError, Retryable):
+    """The instance is applying another push or site change; the same call succeeds shortly."""
 
 
 class RevisionConflict(DriverError, Retryable):

@@ -74,6 +74,8 @@ class Instance:
         node_address: address of that node as the cluster knows it, empty if unknown.
         detail: why the state is not UP, for `explain` ("desired state is shutdown").
         weight: weight given by the source itself (static file); None leaves it to the label.
+        host_network: it shares its node's network: every port it listens on is reached at
+            `node_address` under that same number, declared or not.
     """
 
     id: str
@@ -85,6 +87,7 @@ class Instance:
     published: tuple[PublishedPort, ...] = ()
     detail: str = ""
     weight: int | None = None
+    host_network: bool = False
 
 
 @dataclass(frozen=True, slots=True)

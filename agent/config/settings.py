@@ -71,7 +71,7 @@ class _Table(BaseModel):
 class Extension(_Table):
     """`[[Extensions]]`: how the OpenResty side is set up. One entry, `nginx` (Interlock's name)."""
 
-    name: str = "nginx"
+    name: str = Field("nginx", description="which extension the table is for")
     port: Port = Field(80, description="plain HTTP listener of OpenResty")
     ssl_port: Annotated[int, Field(ge=0, le=65535)] = Field(
         443, description="TLS listener of OpenResty; 0 switches TLS off"
@@ -144,7 +144,9 @@ class Settings(_Table):
         ":8080", description="agent's HTTP listener: /metrics, /healthz, /readyz, /api/state"
     )
     enable_metrics: bool = Field(True, description="serve /metrics on ListenAddr")
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least severe level that is logged, to stderr"
+    )
     docker_url: str = Field(
         "", description="engine API; empty takes DOCKER_HOST, then the local socket"
     )

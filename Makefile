@@ -1,0 +1,52 @@
+# Everything a person or a CI does with a fresh clone. Each target installs what it needs; where all
+# is there already that takes no time.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PYTEST_ARGS ?=
+export PYTHON
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test test-fast lint bench clean deps-demo deps-test
+
+help: ## show this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: deps-demo .venv/installed ## the pair on loopback under load; ONCE=1 ends by itself
+	@$(BIN)/python -m demo $(if $(ONCE),--once)
+
+test: lint ## everything: lint, unit, data plane, the real Swarm (root; under 15 minutes)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: lint ## the same without the Swarm
+	$(BIN)/python -m pytest -m "not swarm" $(PYTEST_ARGS)
+
+lint: deps-test .venv/dev ## ruff, mypy, import layers, luacheck
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	luacheck --quiet nginx/lua
+
+bench: deps-test .venv/dev ## measure, and write docs/benchmarks.md
+	$(BIN)/python -m bench
+
+clean: ## remove what was made here (not the packages of the system)
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis \
+		.import_linter_cache demo/summary.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+deps-demo:
+	@scripts/install-deps.sh demo
+
+deps-test:
+	@scripts/install-deps.sh test
+
+.venv/installed: pyproject.toml
+	@scripts/make-venv.sh
+	@touch $@
+
+.venv/dev: pyproject.toml
+	@scripts/make-venv.sh dev
+	@touch .venv/installed $@

@@ -1,0 +1,1 @@
+"""SwarmKit's Watch messages, generated from `watch.proto`; regenerate, never edit."""

@@ -1,0 +1,369 @@
+"""Services and tasks of a Swarm: SwarmKit's Watch where its socket is at hand, else tight polling.
+
+With the watch: open the stream, wait until it stands, list over REST, then apply what the stream
+brings, newer versions only. Without: list the live tasks at short intervals, and everything when a
+`service`, `node` or `network` event says so. Either way a full list at each resync interval is the
+safety net, and a list that fails changes nothing.
+
+There is no debounce: what one transaction of the manager changed is one snapshot, at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing
+
+from agent.config.settings import Settings
+from agent.discovery.base import (
+    STOP_CHECK,
+    Backoff,
+    Observer,
+    Publish,
+    Reporter,
+    SourceStatus,
+)
+from agent.discovery.cluster import Change, Cluster, Listing, Task, TaskState
+from agent.discovery.docker_api import Connect, Engine, EventStream, read
+from agent.discovery.swarm_rest import LIVE, list_all, tasks_of
+from agent.discovery.swarm_watch import OpenWatch, Watch
+from agent.errors import (
+    DiscoveryError,
+    DockerUnavailable,
+    Retryable,
+    WatchCompacted,
+    WatchUnavailable,
+)
+from agent.model import SourceSnapshot
+
+NAME = "swarm"
+
+_log = logging.getLogger(__name__)
+
+PATIENCE = 15.0
+"""Seconds after a reconnect for which lists may be older than what was known.
+
+A manager that has just started answers from a store that it is still filling. A cluster that was
+restored from a backup is really older, and believed after this.
+"""
+
+DOUBT_INTERVAL = 2.0
+"""Seconds between lists while they are in doubt."""
+
+BROKEN_WATCH_GRACE = 1.0
+"""Seconds for which a broken watch is tried again before polling takes over."""
+
+MANY_IDS = 200
+"""More tasks than this are looked up by listing all rather than by id."""
+
+_EVENT_TYPES = {"type": ("service", "node", "network")}
+
+
+class SwarmSource:
+    """The source named "swarm"."""
+
+    name = NAME
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        observer: Observer,
+        connect: Connect,
+        open_watch: OpenWatch,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings = settings
+        self._connect = connect
+        self._open_watch = open_watch
+        self._clock = clock
+        self._report = Reporter(NAME, observer, _log)
+        self._cluster = self._new_cluster()
+        self._backoff = Backoff()
+        self._watch_backoff = Backoff(first=0.1, cap=30.0)
+        self._watch_due = 0.0
+        self._watch_broke = 0.0
+        self._watch_reason = "Watch is off in the settings" if settings.watch == "off" else ""
+        self._resume_from = 0
+        self._cluster_id = ""
+        self._resync_due = 0.0
+        self._doubt_until = 0.0
+        self._lost = False
+
+    @property
+    def status(self) -> SourceStatus:
+        """Where it stands."""
+        return self._report.status
+
+    def read_once(self) -> SourceSnapshot:
+        """List everything once, by REST alone.
+
+        Raises:
+            DiscoveryError: the engine failed, or is no manager.
+        """
+        with closing(self._connect()) as engine:
+            require_manager(engine)
+            cluster = self._new_cluster()
+            cluster.load(list_all(engine))
+        snapshot = cluster.snapshot(changed_at=time.monotonic())
+        if snapshot is None:
+            raise AssertionError("the first snapshot is never empty-handed")
+        return snapshot
+
+    def run(self, publish: Publish, stop: threading.Event) -> None:
+        """Follow the Swarm until `stop` is set."""
+        while not stop.is_set():
+            try:
+                with closing(self._connect()) as engine:
+                    self._follow(engine, publish, stop)
+            except DiscoveryError as error:
+                self._report.failed(error)
+            except Exception as error:
+                # The guard of the loop: a fault of ours must not end discovery for good.
+                _log.exception("source swarm: unexpected")
+                self._report.failed(error)
+                self._resync_due = 0.0
+            self._lost = True
+            self._report.follow(following=False)
+            stop.wait(self._backoff.wait())
+
+    def _new_cluster(self) -> Cluster:
+        return Cluster(
+            source=NAME,
+            proxy_service=self._settings.openresty.service_name,
+            admin_port=self._settings.openresty.admin_port,
+        )
+
+    # --- one connection -------------------------------------------------------------------
+
+    def _follow(self, engine: Engine, publish: Publish, stop: threading.Event) -> None:
+        """Watch or poll over one connection until it fails."""
+        self._check_cluster(require_manager(engine))
+        self._report.engine(version=engine.version, api=engine.api_version)
+        if self._lost:
+            self._doubt_until = self._clock() + PATIENCE
+            self._resync_due = 0.0
+        while not stop.is_set():
+            watch = self._try_watch(engine)
+            if watch is None:
+                self._poll(engine, publish, stop)
+            else:
+                with closing(watch):
+                    self._follow_watch(engine, watch, publish, stop)
+
+    def _check_cluster(self, cluster_id: str) -> None:
+        """Versions of another cluster mean nothing here."""
+        if self._cluster_id and cluster_id != self._cluster_id:
+            _log.warning("source swarm: this is another cluster than before: %s", cluster_id)
+            self._doubt_until = 0.0
+            self._lost = False
+            self._resume_from = 0
+            self._resync_due = 0.0
+        self._cluster_id = cluster_id
+
+    def _sync(self, engine: Engine, publish: Publish, heard_at: float) -> None:
+        """List everything, take it in, publish what has changed."""
+        started = self._clock()
+        try:
+            listing = list_all(engine)
+        except DiscoveryError as error:
+            self._report.list_failed(error, self._clock() - started)
+            raise
+        self._report.synced(self._clock() - started)
+        self._backoff.reset()
+        self._resync_due = self._clock() + self._settings.resync_interval
+        self._take_in(listing)
+        self._publish(publish, heard_at)
+
+    def _take_in(self, listing: Listing) -> None:
+        if not self._lost:
+            self._cluster.load(listing)
+        elif self._clock() >= self._doubt_until:
+            self._cluster.reset(listing)
+            self._lost = False
+        elif self._cluster.load(listing, careful=True):
+            self._resync_due = self._clock() + DOUBT_INTERVAL
+        else:
+            self._lost = False
+
+    def _publish(self, publish: Publish, heard_at: float) -> None:
+        snapshot = self._cluster.snapshot(changed_at=heard_at)
+        if snapshot is not None:
+            publish(snapshot)
+            self._report.published()
+
+    # --- watch ----------------------------------------------------------------------------
+
+    def _try_watch(self, engine: Engine) -> Watch | None:
+        """Open the watch if it is wanted and due; None is to poll for now."""
+        if self._settings.watch == "off" or self._clock() < self._watch_due:
+            return None
+        try:
+            # Asked anew each time: after a rotation of the CA the old root is of no use.
+            root = str(read(engine, "/swarm")["TLSInfo"]["TrustRoot"])
+            try:
+                watch = self._open_watch(root, self._resume_from)
+            except WatchCompacted as error:
+                _log.info("source swarm: %s; everything is listed anew", error)
+                self._resume_from = 0
+                self._resync_due = 0.0
+                watch = self._open_watch(root, 0)
+        except (WatchUnavailable, WatchCompacted) as error:
+            if self._settings.watch == "on":
+                raise
+            now = self._clock()
+            self._watch_due = now + self._watch_backoff.wait()
+            self._watch_reason = str(error)
+            if now < self._watch_broke + BROKEN_WATCH_GRACE:
+                raise
+            return None
+        if not self._resume_from:
+            self._resync_due = 0.0
+        return watch
+
+    def _follow_watch(
+        self, engine: Engine, watch: Watch, publish: Publish, stop: threading.Event
+    ) -> None:
+        """Apply what the stream brings, until it breaks; list whenever that is due."""
+        self._report.mode("watch")
+        while not stop.is_set():
+            now = self._clock()
+            if now >= self._resync_due:
+                self._sync(engine, publish, now)
+            self._report.follow(following=True)
+            self._watch_backoff.reset()
+            wait = min(STOP_CHECK, max(self._resync_due - self._clock(), 0.0))
+            try:
+                transaction = watch.next(wait)
+            except WatchUnavailable as error:
+                self._watch_broke = self._clock()
+                self._watch_due = 0.0
+                self._report.failed(error)
+                return
+            if transaction is None:
+                continue
+            versions = [change.record.version for change in transaction.changes]
+            # Objects carry the version before their transaction: it is safe to resume from.
+            self._resume_from = max(self._resume_from, transaction.version, *versions, 0)
+            for change in transaction.changes:
+                self._report.heard(change.kind)
+            self._cluster.apply(transaction.changes)
+            self._publish(publish, transaction.heard_at)
+
+    # --- poll -----------------------------------------------------------------------------
+
+    def _poll(self, engine: Engine, publish: Publish, stop: threading.Event) -> None:
+        """List tasks at each poll interval until it is time to try the watch again."""
+        self._report.mode("poll", self._watch_reason)
+        news: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        events = engine.events(_EVENT_TYPES)
+        threading.Thread(
+            target=_collect, args=(events, news), name="swarm-events", daemon=True
+        ).start()
+        # What changed while nobody listened is in the list.
+        self._resync_due = 0.0
+        last = b""
+        with closing(events):
+            while not stop.is_set():
+                started = self._clock()
+                if started >= self._resync_due:
+                    self._sync(engine, publish, started)
+                    last = b""
+                else:
+                    last = self._poll_tasks(engine, publish, last)
+                self._report.follow(following=True)
+                if self._settings.watch != "off" and self._clock() >= self._watch_due:
+                    return
+                self._await_news(news, until=started + self._settings.poll_interval, stop=stop)
+
+    def _await_news(
+        self, news: queue.SimpleQueue[str | None], *, until: float, stop: threading.Event
+    ) -> None:
+        """Wait for the next poll; an event makes it a full list, at once."""
+        while not stop.is_set():
+            wait = min(until - self._clock(), STOP_CHECK)
+            try:
+                kind = news.get(timeout=wait) if wait > 0 else news.get_nowait()
+            except queue.Empty:
+                if wait <= 0 or self._clock() >= until:
+                    return
+                continue
+            if kind is None:
+                raise DockerUnavailable("the engine ended the event stream")
+            self._report.heard(kind)
+            self._resync_due = 0.0
+            until = self._clock()
+
+    def _poll_tasks(self, engine: Engine, publish: Publish, last: bytes) -> bytes:
+        """List the live tasks, and ask for those that went missing from that list.
+
+        A task that is told to stop is in no list of live tasks any more, yet it still runs.
+        """
+        heard_at = self._clock()
+        body = engine.get("/tasks", filters=LIVE)
+        known = self._cluster.live_tasks
+        leaving = {i for i, task in known.items() if task.desired > TaskState.RUNNING}
+        if body == last and not leaving:
+            self._report.alive()
+            return body
+        tasks, networks = tasks_of(body)
+        here = {task.id for task in tasks}
+        asked = leaving | (known.keys() - here)
+        if asked:
+            others, more = self._look_up(engine, asked)
+            tasks += others
+            networks += more
+        self._report.alive()
+        changes = [Change("network", network) for network in networks]
+        for task in tasks:
+            old = known.get(task.id)
+            if old is None or old.version < task.version:
+                self._report.heard("task")
+            changes.append(Change("task", task))
+        self._cluster.apply(changes)
+        self._cluster.forget_tasks(asked - {task.id for task in tasks})
+        self._publish(publish, heard_at)
+        return body
+
+    def _look_up(self, engine: Engine, identities: set[str]) -> tuple[list[Task], list]:  # type: ignore[type-arg]
+        filters = {"id": sorted(identities)} if len(identities) <= MANY_IDS else None
+        tasks, networks = tasks_of(engine.get("/tasks", filters=filters))
+        return [task for task in tasks if task.id in identities], networks
+
+
+def require_manager(engine: Engine) -> str:
+    """Make sure that the engine is a manager of a Swarm; returns the id of the cluster.
+
+    Raises:
+        DiscoveryError: it is none, with the cure.
+    """
+    swarm = read(engine, "/info").get("Swarm") or {}
+    state = swarm.get("LocalNodeState", "inactive")
+    if state == "inactive":
+        raise DiscoveryError(
+            "the engine is in no swarm; run `docker swarm init`, or set Sources to engine"
+        )
+    if state != "active":
+        raise DockerUnavailable(
+            f"the engine's swarm node is {state}: {swarm.get('Error') or 'not ready yet'}"
+        )
+    if not swarm.get("ControlAvailable"):
+        raise DiscoveryError(
+            "the engine is a worker of its swarm, and only managers know the services; run the "
+            "agent on a manager, or set DockerURL to one"
+        )
+    return str((swarm.get("Cluster") or {}).get("ID", ""))
+
+
+def _collect(events: EventStream, news: queue.SimpleQueue[str | None]) -> None:
+    """Hand on the kinds of events; None when there are no more."""
+    try:
+        for event in events:
+            news.put(str(event.get("Type", "")))
+    except DockerUnavailable as error:
+        _log.info("source swarm: event stream: %s", error)
+    finally:
+        news.put(None)

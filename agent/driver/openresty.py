@@ -1,0 +1,501 @@
+"""HTTP client of one OpenResty instance: the admin API of docs/admin-api.md, call by call.
+
+Why: the one place that knows the API's paths, JSON and status codes. It keeps one connection open,
+since what a push costs is what a change takes to be in force. It must not decide anything: which
+push follows from which state is the fleet's business.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from http.client import RemoteDisconnected
+from typing import Any
+from urllib.parse import quote, unquote
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPConnection
+from urllib3.connectionpool import HTTPConnectionPool
+from urllib3.exceptions import NewConnectionError
+
+from agent.config.settings import OpenResty
+from agent.driver.targets import Target
+from agent.errors import (
+    DriverError,
+    InstanceBusy,
+    InstanceUnauthorized,
+    InstanceUnreachable,
+    LeaseHeld,
+    PushRefused,
+    RevisionConflict,
+    SiteRefused,
+)
+from agent.model import Membership, Peer, PeerState, Policy, Upstream
+
+CONNECT_TIMEOUT = 3.0
+"""Seconds for a connection to stand: an address on a network that we are not on never answers."""
+
+SITE_TIMEOUT = 60.0
+"""Seconds at least for a site push: testing and loading thousands of hosts takes its time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Answer of `GET /v1/status`.
+
+    Attributes:
+        instance: id of the running OpenResty, new at each start.
+        source: where its membership came from: "push", "disk" or "none".
+        nginx_version: as nginx counts it: 1022001 is 1.22.1.
+    """
+
+    instance: str
+    revision: int
+    generation: str
+    writer: str = ""
+    lease_expires_in: float = 0.0
+    upstreams: int = 0
+    peers: int = 0
+    source: str = ""
+    nginx_version: int = 0
+    versions: Mapping[str, str] = field(default_factory=dict)
+    dict_capacity: int = 0
+    dict_free: int = 0
+
+
+class Token:
+    """The bearer token of the settings; a file is read again when its mtime changes."""
+
+    def __init__(self, *, token: str, file: str) -> None:
+        self._token = token
+        self._file = file
+        self._stamp: tuple[int, int] | None = None
+        self._lock = threading.Lock()
+
+    def read(self) -> str:
+        """The token as of now, empty if settings name none.
+
+        Raises:
+            InstanceUnauthorized: the file cannot be read.
+        """
+        if not self._file:
+            return self._token
+        with self._lock:
+            try:
+                stat = os.stat(self._file)
+                stamp = (stat.st_mtime_ns, stat.st_size)
+                if stamp != self._stamp:
+                    with open(self._file, encoding="ascii") as file:
+                        self._token = file.read().strip()
+                    self._stamp = stamp
+            except (OSError, UnicodeDecodeError) as error:
+                raise InstanceUnauthorized(
+                    f"OpenResty.TokenFile {self._file} cannot be read: {error}"
+                ) from error
+            return self._token
+
+
+class Instance:
+    """The admin API of one instance, over the first of its URLs that answers.
+
+    Not thread-safe: each thread has its own. All calls raise subclasses of `DriverError`.
+
+    Args:
+        target: whom to talk to.
+        settings: timeouts and TLS.
+        token: the bearer token.
+    """
+
+    def __init__(self, target: Target, settings: OpenResty, token: Token) -> None:
+        self._target = target
+        self._urls = target.urls
+        self._settings = settings
+        self._token = token
+        self._session = _session(settings, verify_name=target.static)
+
+    @property
+    def url(self) -> str:
+        """The URL that answered last, else the first to be tried."""
+        return self._urls[0] if self._urls else ""
+
+    def status(self) -> Status:
+        """What the instance is and holds."""
+        return _status(self._call("GET", "/v1/status"))
+
+    def membership(self) -> tuple[int, Membership]:
+        """The membership it holds, and its revision."""
+        answer = self._call("GET", "/v1/membership")
+        with _understood("GET /v1/membership"):
+            upstreams = {name: decode(name, item) for name, item in answer["upstreams"].items()}
+            return int(answer["revision"]), Membership(upstreams)
+
+    def patch(
+        self,
+        *,
+        writer: str,
+        base_revision: int,
+        revision: int,
+        upsert: Mapping[str, Upstream],
+        remove: tuple[str, ...],
+    ) -> None:
+        """Change some upstreams; applied whole or not at all.
+
+        Raises:
+            RevisionConflict: the instance does not hold `base_revision`.
+            PushRefused: something in it is not valid, or there is no room.
+            LeaseHeld: another writer has the lease.
+        """
+        self._call(
+            "PATCH",
+            "/v1/membership",
+            {
+                "writer": writer,
+                "base_revision": base_revision,
+                "revision": revision,
+                "upsert": {name: encode(upstream) for name, upstream in upsert.items()},
+                "remove": list(remove),
+            },
+        )
+
+    def put(self, *, writer: str, revision: int, membership: Membership) -> None:
+        """Replace all upstreams; raises as `patch` does."""
+        upstreams = {name: encode(item) for name, item in membership.upstreams.items()}
+        self._call(
+            "PUT",
+            "/v1/membership",
+            {"writer": writer, "revision": revision, "upstreams": upstreams},
+        )
+
+    def put_site(self, *, writer: str, generation: str, files: Mapping[str, str]) -> bool:
+        """Replace the site, and return when a new worker runs it.
+
+        Returns:
+            Whether nginx was reloaded: not if it ran that generation already.
+
+        Raises:
+            SiteRefused: nginx refused it; the old site serves on.
+            LeaseHeld: another writer has the lease.
+        """
+        answer = self._call(
+            "PUT",
+            "/v1/site",
+            {"writer": writer, "generation": generation, "files": dict(files)},
+            timeout=max(self._settings.timeout, SITE_TIMEOUT),
+        )
+        return answer.get("reloaded") is True
+
+    def renew(self, writer: str) -> float:
+        """Take or renew the writer lease; returns for how many seconds. Raises LeaseHeld."""
+        answer = self._call("POST", "/v1/lease", {"writer": writer})
+        return _number(answer.get("expires_in"))
+
+    def release(self, writer: str) -> None:
+        """Give the writer lease up."""
+        self._call("DELETE", "/v1/lease", {"writer": writer})
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._session.close()
+
+    def _call(
+        self, method: str, path: str, body: object = None, *, timeout: float | None = None
+    ) -> dict[str, Any]:
+        """One call, at the URL that answered last, else at each until one answers."""
+        data = None if body is None else json.dumps(body, separators=(",", ":")).encode()
+        token = self._token.read()
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        if data is not None:
+            headers["Content-Type"] = "application/json"
+        if not self._urls:
+            raise InstanceUnreachable(
+                "no address is known: it is on no network"
+                + (f" named {self._settings.admin_network}" if self._settings.admin_network else "")
+                + f" and publishes no port {self._settings.admin_port}"
+            )
+        faults = []
+        for url in self._urls:
+            try:
+                response = self._send(method, url, path, data, headers, timeout)
+            except _NotConnected as error:
+                faults.append(f"{url}: {error}")
+                continue
+            if url != self._urls[0]:
+                self._urls = (url, *(other for other in self._urls if other != url))
+            return _answer(f"{method} {path}", url, response)
+        raise InstanceUnreachable("; ".join(faults))
+
+    def _send(
+        self,
+        method: str,
+        url: str,
+        path: str,
+        data: bytes | None,
+        headers: Mapping[str, str],
+        timeout: float | None,
+    ) -> requests.Response:
+        """One request, sent again once where a kept connection had been closed meanwhile.
+
+        Sending again is safe: a push carries its revision, so the second one changes nothing.
+        """
+        limit = self._settings.timeout if timeout is None else timeout
+
+        def send() -> requests.Response:
+            return self._session.request(
+                method,
+                _wire(url) + path,
+                data=data,
+                headers=headers,
+                timeout=(min(CONNECT_TIMEOUT, limit), limit),
+                allow_redirects=False,
+            )
+
+        try:
+            try:
+                return send()
+            except requests.ConnectionError as error:
+                if not _has(error, *_CLOSED):
+                    raise
+                return send()
+        except requests.ConnectTimeout as error:
+            raise _NotConnected(f"no connection within {CONNECT_TIMEOUT:g} s") from error
+        except requests.ReadTimeout as error:
+            raise InstanceUnreachable(f"{url}: no answer within {limit:g} s") from error
+        except (requests.RequestException, OSError) as error:
+            if _has(error, NewConnectionError, requests.exceptions.SSLError):
+                raise _NotConnected(_cause(error)) from error
+            raise InstanceUnreachable(f"{url}: {_cause(error)}") from error
+
+
+class _NotConnected(Exception):
+    """No connection stands, so nothing was sent: another address may be tried."""
+
+
+def connector(settings: OpenResty) -> Callable[[Target], Instance]:
+    """How the fleet gets its clients: all with the same settings and token."""
+    token = Token(token=settings.token, file=settings.token_file)
+    return lambda target: Instance(target, settings, token)
+
+
+def encode(upstream: Upstream) -> dict[str, object]:
+    """An upstream as it goes over the wire."""
+    return {
+        "policy": {"algorithm": upstream.policy.algorithm},
+        "hold": upstream.hold,
+        "peers": [
+            {
+                "id": peer.id,
+                "address": peer.address,
+                "port": peer.port,
+                "weight": peer.weight,
+                "state": peer.state.value,
+            }
+            for peer in upstream.peers
+        ],
+    }
+
+
+def decode(name: str, item: Mapping[str, Any]) -> Upstream:
+    """An upstream from the wire; raises KeyError, TypeError or ValueError where it is not one."""
+    peers = [
+        Peer(
+            id=str(peer["id"]),
+            address=str(peer["address"]),
+            port=int(peer["port"]),
+            weight=int(peer["weight"]),
+            state=PeerState(peer["state"]),
+        )
+        for peer in item["peers"] or ()
+    ]
+    return Upstream(
+        name=name,
+        peers=tuple(sorted(peers, key=lambda peer: peer.id)),
+        policy=Policy(algorithm=str(item["policy"]["algorithm"])),
+        hold=float(item.get("hold", 0.0)),
+    )
+
+
+def _status(answer: Mapping[str, Any]) -> Status:
+    with _understood("GET /v1/status"):
+        room = answer.get("dict") or {}
+        return Status(
+            instance=str(answer["instance"]),
+            revision=int(answer["revision"]),
+            generation=str(answer.get("generation") or ""),
+            writer=str(answer.get("writer") or ""),
+            lease_expires_in=_number(answer.get("lease_expires_in")),
+            upstreams=int(answer.get("upstreams") or 0),
+            peers=int(answer.get("peers") or 0),
+            source=str(answer.get("source") or ""),
+            nginx_version=int(answer.get("nginx_version") or 0),
+            versions={str(k): str(v) for k, v in (answer.get("versions") or {}).items()},
+            dict_capacity=int(room.get("capacity_bytes") or 0),
+            dict_free=int(room.get("free_bytes") or 0),
+        )
+
+
+class _understood:  # noqa: N801 - used as a verb: with _understood(call)
+    """Turns the errors of reading an answer's fields into a DriverError."""
+
+    def __init__(self, call: str) -> None:
+        self._call = call
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, KeyError | TypeError | ValueError | AttributeError):
+            raise DriverError(
+                f"{self._call}: the answer is not what docs/admin-api.md says ({error!r}); "
+                "are agent and OpenResty of the same version?"
+            ) from error
+
+
+def _answer(call: str, url: str, response: requests.Response) -> dict[str, Any]:
+    """The JSON object of an answer, or the error that it stands for."""
+    try:
+        body = response.json()
+    except ValueError:
+        body = None
+    if response.status_code == 200 and isinstance(body, dict):
+        return body
+    if not isinstance(body, dict):
+        body = {}
+    raise _error(f"{url}: {call}", response.status_code, body)
+
+
+def _error(call: str, status: int, body: Mapping[str, Any]) -> DriverError:
+    message = str(body.get("message") or f"answered {status}")
+    code = body.get("error")
+    if status == 401:
+        return InstanceUnauthorized(f"{call}: the token was refused: {message}")
+    if status == 409:
+        return RevisionConflict(f"{call}: {message}", current=int(_number(body.get("revision"))))
+    if status == 423:
+        return LeaseHeld(
+            f"{call}: {message}",
+            writer=str(body.get("writer") or ""),
+            expires_in=_number(body.get("expires_in")),
+        )
+    if status == 503:
+        return InstanceBusy(f"{call}: {message}")
+    if status == 422 and code == "site_refused":
+        file = body.get("file")
+        return SiteRefused(message, file=str(file) if file else None)
+    if status in (400, 413, 422, 507):
+        faults = [item for item in body.get("errors") or () if isinstance(item, dict)]
+        reasons = {
+            str(item["upstream"]): f"{item.get('field') or 'upstream'}: {item.get('message')}"
+            for item in faults
+            if item.get("upstream")
+        }
+        return PushRefused(f"{call}: {message}", status=status, reasons=reasons)
+    return DriverError(
+        f"{call}: {message}; is this the admin port of Tidegate's OpenResty, of the same version?"
+    )
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+_CLOSED = (ConnectionResetError, BrokenPipeError, ConnectionAbortedError, RemoteDisconnected)
+"""How a connection looks that the other end closed, as it may while a kept one is idle."""
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error of requests and all that it wraps, the innermost last."""
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        wrapped = [arg for arg in seen.args if isinstance(arg, BaseException)]
+        reason = getattr(seen, "reason", None)
+        if isinstance(reason, BaseException):
+            seen = reason
+        elif wrapped:
+            seen = wrapped[-1]
+        else:
+            seen = seen.__cause__
+
+
+def _has(error: BaseException, *kinds: type[BaseException]) -> bool:
+    return any(isinstance(item, kinds) for item in _chain(error))
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason as a phrase, without a library's object addresses."""
+    innermost = list(_chain(error))[-1]
+    if isinstance(innermost, OSError) and innermost.strerror:
+        return innermost.strerror
+    return str(innermost)
+
+
+def _wire(url: str) -> str:
+    """A URL as requests takes it: the path of a unix socket goes where the host would be."""
+    if url.startswith("unix:"):
+        return "http+unix://" + quote(url.removeprefix("unix:"), safe="")
+    return url.rstrip("/")
+
+
+def _session(settings: OpenResty, *, verify_name: bool) -> requests.Session:
+    session = requests.Session()
+    # Never a proxy or a .netrc of the environment: the token goes to the instance alone.
+    session.trust_env = False
+    session.headers["User-Agent"] = "tidegate-agent"
+    if settings.tls_ca:
+        session.verify = settings.tls_ca
+    if settings.tls_cert:
+        session.cert = (settings.tls_cert, settings.tls_key or settings.tls_cert)
+    private = bool(settings.tls_ca) and not verify_name
+    session.mount("https://", _TlsAdapter() if private else HTTPAdapter())
+    session.mount("http+unix://", _UnixAdapter())
+    return session
+
+
+class _TlsAdapter(HTTPAdapter):
+    """For instances found by address: the operator's CA is the proof, not the name."""
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, assert_hostname=False, **kwargs)
+
+
+class _UnixConnection(HTTPConnection):
+    """HTTP over a unix socket whose path is the percent-encoded host."""
+
+    def connect(self) -> None:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(CONNECT_TIMEOUT)
+        try:
+            sock.connect(unquote(self.host))
+        except OSError as error:
+            sock.close()
+            raise NewConnectionError(self, str(error)) from error
+        self.sock = sock
+
+
+class _UnixPool(HTTPConnectionPool):
+    ConnectionCls = _UnixConnection
+
+
+class _UnixAdapter(HTTPAdapter):
+    """One connection pool per socket path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pools: dict[str, _UnixPool] = {}
+
+    def get_connection_with_tls_context(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        host = request.url.removeprefix("http+unix://").partition("/")[0]
+        return self._pools.setdefault(host, _UnixPool(host))
+
+    def request_url(self, request: Any, proxies: Any) -> str:
+        return "/" + str(request.url).removeprefix("http+unix://").partition("/")[2]
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.close()
+        super().close()

@@ -1,0 +1,1 @@
+"""Load generator and benchmarks. Nothing here is part of the product or imported by it."""

@@ -1,0 +1,1 @@
+"""The pair on loopback, under load, without Docker: what `make demo` runs."""

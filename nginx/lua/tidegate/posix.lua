@@ -1,0 +1,191 @@
+--- The few calls of libc that neither Lua nor ngx_lua offers.
+--
+-- Why: signals, symbolic links, fsync and address parsing exist in every libc, while nginx's own
+-- helpers for them differ between builds. Nothing here knows what Tidegate is.
+
+local ffi = require "ffi"
+
+local C = ffi.C
+local ffi_new = ffi.new
+local ffi_string = ffi.string
+local concat = table.concat
+local io_open = io.open
+local os_rename = os.rename
+local os_remove = os.remove
+local tonumber = tonumber
+
+-- ngx_lua declares some of these too, under the same prototypes.
+pcall(ffi.cdef, "int kill(int pid, int sig);")
+pcall(ffi.cdef, "int symlink(const char *target, const char *path);")
+pcall(ffi.cdef, "ssize_t readlink(const char *path, char *buf, size_t size);")
+pcall(ffi.cdef, "int mkdir(const char *path, unsigned int mode);")
+pcall(ffi.cdef, "int open(const char *path, int flags, ...);")
+pcall(ffi.cdef, "int close(int fd);")
+pcall(ffi.cdef, "int fsync(int fd);")
+pcall(ffi.cdef, "int fcntl(int fd, int cmd, ...);")
+pcall(ffi.cdef, "int getdtablesize(void);")
+pcall(ffi.cdef, "long syscall(long number, ...);")
+pcall(ffi.cdef, "char *strerror(int errnum);")
+pcall(ffi.cdef, "int inet_pton(int af, const char *src, void *dst);")
+pcall(ffi.cdef, "const char *inet_ntop(int af, const void *src, char *dst, unsigned int size);")
+
+local AF_INET = 2
+local AF_INET6 = 10
+local EPERM = 1
+local EEXIST = 17
+local F_SETFD = 2
+local FD_CLOEXEC = 1
+local SYS_CLOSE_RANGE = 436
+local CLOSE_RANGE_CLOEXEC = 4
+
+local _M = { SIGHUP = 1 }
+
+local address_buffer = ffi_new("unsigned char[16]")
+local text_buffer = ffi_new("char[64]")
+local path_buffer = ffi_new("char[4096]")
+
+
+local function failure(what)
+    return nil, what .. ": " .. ffi_string(C.strerror(ffi.errno()))
+end
+
+
+--- Sends `signal` to process `pid`.
+function _M.kill(pid, signal)
+    if C.kill(pid, signal) ~= 0 then
+        return failure("kill " .. pid)
+    end
+    return true
+end
+
+
+--- Whether process `pid` exists.
+function _M.alive(pid)
+    return C.kill(pid, 0) == 0 or ffi.errno() == EPERM
+end
+
+
+--- Target of the symbolic link at `path`, or nil.
+function _M.readlink(path)
+    local size = tonumber(C.readlink(path, path_buffer, 4096))
+    if size < 0 then
+        return failure(path)
+    end
+    return ffi_string(path_buffer, size)
+end
+
+
+--- Makes `path` a symbolic link to `target` in one step, whatever it linked to before.
+function _M.switch_link(target, path)
+    local new = path .. ".new"
+    os_remove(new)
+    if C.symlink(target, new) ~= 0 then
+        return failure(new)
+    end
+    return os_rename(new, path)
+end
+
+
+--- Makes the directory `path`; one that is there already is fine.
+function _M.mkdir(path)
+    if C.mkdir(path, 448) ~= 0 and ffi.errno() ~= EEXIST then
+        return failure(path)
+    end
+    return true
+end
+
+
+--- Flushes the file or directory at `path` to disk.
+function _M.fsync(path)
+    local fd = C.open(path, 0)
+    if fd < 0 then
+        return failure(path)
+    end
+    local result = C.fsync(fd)
+    C.close(fd)
+    if result ~= 0 then
+        return failure(path)
+    end
+    return true
+end
+
+
+--- Writes `data` to `path`; the old content is gone even if this fails.
+function _M.write(path, data)
+    local file, err = io_open(path, "wb")
+    if not file then
+        return nil, err
+    end
+    local ok
+    ok, err = file:write(data)
+    if not ok then
+        file:close()
+        return nil, err
+    end
+    ok, err = file:close()
+    if not ok then
+        return nil, err
+    end
+    return true
+end
+
+
+--- Whole content of the file at `path`.
+function _M.read(path)
+    local file, err = io_open(path, "rb")
+    if not file then
+        return nil, err
+    end
+    local data
+    data, err = file:read("*a")
+    file:close()
+    return data, err
+end
+
+
+--- Keeps the files and connections of this process from being inherited by a child it starts.
+--
+-- A child that held a copy of a client's connection would keep it open after we closed it.
+function _M.close_on_exec()
+    local ok, result = pcall(C.syscall, SYS_CLOSE_RANGE, ffi_new("unsigned int", 3),
+                             ffi_new("unsigned int", 0xffffffff),
+                             ffi_new("unsigned int", CLOSE_RANGE_CLOEXEC))
+    if ok and tonumber(result) == 0 then
+        return
+    end
+    for fd = 3, C.getdtablesize() - 1 do
+        C.fcntl(fd, F_SETFD, ffi_new("int", FD_CLOEXEC))
+    end
+end
+
+
+--- Reads an IPv4 or IPv6 address.
+-- @return 4 or 6, and its 4 or 16 bytes; nil where it is none
+function _M.parse_address(text)
+    if #text > 45 or text:find("%z") then
+        return nil
+    end
+    if C.inet_pton(AF_INET, text, address_buffer) == 1 then
+        return 4, ffi_string(address_buffer, 4)
+    end
+    if C.inet_pton(AF_INET6, text, address_buffer) == 1 then
+        return 6, ffi_string(address_buffer, 16)
+    end
+    return nil
+end
+
+
+--- Text of an address given as bytes (string or pointer).
+function _M.format_address(family, bytes)
+    C.inet_ntop(family == 6 and AF_INET6 or AF_INET, bytes, text_buffer, 64)
+    return ffi_string(text_buffer)
+end
+
+
+--- `text` as one word for the shell.
+function _M.quote(text)
+    return concat({ "'", (text:gsub("'", "'\\''")), "'" })
+end
+
+
+return _M

@@ -1,0 +1,389 @@
+--- The membership: all upstreams, in the shared dicts.
+--
+-- `tidegate_ptr` has, per upstream, the number of its current version; `tidegate_dat` has that
+-- version as an immutable value. To write: add the new values, flip the pointers (8 bytes in
+-- place, which cannot fail), delete the old values, set the revision last. A value in force is
+-- never overwritten, since a failed `set` loses the old one. A request compares one number with
+-- what its worker knows, so a push is in force everywhere the moment it is acknowledged.
+--
+-- Whoever writes holds the lock "push". Between flips and revision the mark "dirty" stands: a
+-- worker that is killed there leaves a mixture, and the next push has to be a full one.
+
+local codec = require "tidegate.codec"
+local lock = require "tidegate.lock"
+
+local ctl = ngx.shared.tidegate_ctl
+local ptr = ngx.shared.tidegate_ptr
+local dat = ngx.shared.tidegate_dat
+local probes = ngx.shared.tidegate_probes
+
+local ipairs = ipairs
+local now = ngx.now
+local pairs = pairs
+local sleep = ngx.sleep
+local update_time = ngx.update_time
+
+local LOCK = "push"
+local LOCK_WAIT = 2
+local SLICE = 0.004
+
+local _M = {}
+
+local names_cache, names_version
+
+
+local function key_of(name, number)
+    return "\1" .. name .. "\1" .. number
+end
+
+
+-- Lets other requests of this worker run; called in loops over many upstreams.
+local slice_start = 0
+local function breathe()
+    update_time()
+    if now() - slice_start > SLICE then
+        sleep(0)
+        update_time()
+        slice_start = now()
+    end
+end
+
+
+_M.breathe = breathe
+
+
+--- Number of the current version of upstream `name`; nil where there is none.
+function _M.number(name)
+    local number = ptr:get(name)
+    return number ~= 0 and number or nil
+end
+
+
+--- The current version of upstream `name`.
+-- @return packed value and its number; nil where there is no such upstream
+function _M.get(name)
+    for _ = 1, 5 do
+        local number = _M.number(name)
+        if not number then
+            return nil
+        end
+        local blob = dat:get(key_of(name, number))
+        if blob then
+            return blob, number
+        end
+    end
+    return nil
+end
+
+
+--- Names of all upstreams, in no order. The list is shared: do not change it.
+function _M.names()
+    local version = ctl:get("names") or 0
+    if names_version ~= version then
+        names_cache = ptr:get_keys(0)
+        names_version = version
+    end
+    return names_cache
+end
+
+
+--- What is in force, in short.
+function _M.summary()
+    return {
+        revision = ctl:get("revision") or 0,
+        source = ctl:get("source") or "none",
+        upstreams = #_M.names(),
+        peers = ctl:get("peers") or 0,
+        capacity = dat:capacity(),
+        free = dat:free_space(),
+        pushed_at = ctl:get("pushed_at"),
+    }
+end
+
+
+local function next_number()
+    return ctl:incr("number", 1, 0)
+end
+
+
+-- Adds a new version beside the one in force.
+local function stage(entry)
+    entry.number = next_number()
+    local ok, err = dat:safe_add(key_of(entry.name, entry.number), entry.blob)
+    if not ok then
+        return nil, err
+    end
+    if not entry.old_number then
+        ok, err = ptr:safe_add(entry.name, 0)
+        if not ok and err ~= "exists" then
+            dat:delete(key_of(entry.name, entry.number))
+            return nil, err
+        end
+    end
+    return true
+end
+
+
+local function unstage(entry)
+    dat:delete(key_of(entry.name, entry.number))
+    if not entry.old_number then
+        ptr:delete(entry.name)
+    end
+end
+
+
+local function flip(entry)
+    ptr:set(entry.name, entry.number)
+    if entry.probing > 0 then
+        probes:safe_set(entry.name, true)
+    else
+        probes:delete(entry.name)
+    end
+    if entry.old_number then
+        dat:delete(key_of(entry.name, entry.old_number))
+    end
+end
+
+
+-- Gives each peer the state in which it starts here, given the version before: a peer that was
+-- not there has to accept a connection first, unless there is nobody else to do its work.
+local function carry_over(upstream, old, at)
+    local known = {}
+    local alone = not old or #old.peers == 0
+    for _, peer in ipairs(old and old.peers or {}) do
+        known[peer.id] = peer
+    end
+    for _, peer in ipairs(upstream.peers) do
+        local before = known[peer.id]
+        local same = before and before.bytes == peer.bytes and before.port == peer.port
+        if peer.state == codec.UP then
+            if same and before.state == codec.PROBING
+                    or not same and not (alone and upstream.hold == 0) then
+                peer.state = codec.PROBING
+            end
+        end
+        peer.since = same and before.state == peer.state and before.since or at
+    end
+end
+
+
+--- Applies a push, whole or not at all. May yield.
+--
+-- @param push `{writer, revision, base_revision (nil: full), upsert = {name = upstream},
+--   remove = {names}}`; upstreams as `wire.read_upstream` gives them
+-- @return `{revision, upserted, removed, changed = {names}, removed_names}` (counts as the push
+--   has them, `changed` only what differs), or nil and `{kind = "busy"|"revision"|"dict_full",
+--   …}`
+function _M.apply(push)
+    local token = lock.acquire(LOCK, LOCK_WAIT)
+    if not token then
+        return nil, { kind = "busy" }
+    end
+    local result, refusal = _M.apply_locked(push, token)
+    lock.release(LOCK, token)
+    return result, refusal
+end
+
+
+function _M.apply_locked(push, token)
+    local current = ctl:get("revision") or 0
+    local full = push.base_revision == nil
+    if push.revision == current and ctl:get("writer") == push.writer and not ctl:get("dirty") then
+        return { revision = current, upserted = 0, removed = 0, changed = {}, removed_names = {} }
+    end
+    if push.revision <= current or not full and push.base_revision ~= current
+            or not full and ctl:get("dirty") then
+        return nil, { kind = "revision", revision = current }
+    end
+
+    local at, staged, upserted, needed, short = now(), {}, 0, 0, nil
+    slice_start = at
+    local peers = full and 0 or ctl:get("peers") or 0
+    for name, upstream in pairs(push.upsert) do
+        local old_blob, old_number = _M.get(name)
+        local old = old_blob and codec.decode(old_blob)
+        carry_over(upstream, old, at)
+        local blob, probing = codec.encode(upstream)
+        upserted = upserted + 1
+        peers = peers + #upstream.peers - (old and not full and #old.peers or 0)
+        if blob ~= old_blob then
+            local entry = {
+                name = name, blob = blob, probing = probing, old_number = old_number,
+            }
+            needed = needed + #blob
+            if not short and not stage(entry) then
+                short = dat:free_space()
+            end
+            if not short then
+                staged[#staged + 1] = entry
+            end
+        end
+        breathe()
+    end
+
+    local removed = {}
+    if full then
+        for _, name in ipairs(_M.names()) do
+            if not push.upsert[name] then
+                removed[#removed + 1] = name
+            end
+        end
+    else
+        for _, name in ipairs(push.remove) do
+            local blob = not push.upsert[name] and _M.get(name)
+            if blob then
+                removed[#removed + 1] = name
+                peers = peers - codec.view(blob).count
+            end
+        end
+    end
+
+    if short or not lock.held(LOCK, token) then
+        for _, entry in ipairs(staged) do
+            unstage(entry)
+        end
+        if short then
+            return nil, { kind = "dict_full", free_bytes = short, needed_bytes = needed }
+        end
+        return nil, { kind = "busy" }
+    end
+
+    -- From here to the end nothing yields and nothing can fail.
+    ctl:set("dirty", true)
+    local changed, renamed = {}, #removed > 0
+    for index, entry in ipairs(staged) do
+        flip(entry)
+        changed[index] = entry.name
+        renamed = renamed or not entry.old_number
+    end
+    for _, name in ipairs(removed) do
+        local number = ptr:get(name)
+        ptr:delete(name)
+        probes:delete(name)
+        if number then
+            dat:delete(key_of(name, number))
+        end
+    end
+    if renamed then
+        ctl:incr("names", 1, 0)
+    end
+    ctl:set("peers", peers)
+    ctl:set("writer", push.writer)
+    ctl:set("source", "push")
+    ctl:set("pushed_at", at)
+    ctl:set("revision", push.revision)
+    ctl:incr("content", 1, 0)
+    ctl:delete("dirty")
+    return {
+        revision = push.revision,
+        upserted = upserted,
+        removed = #removed,
+        changed = changed,
+        removed_names = removed,
+    }
+end
+
+
+--- Names of upstreams that have peers being probed.
+function _M.probing_names()
+    return probes:get_keys(0)
+end
+
+
+--- Peers of upstream `name` that are being probed.
+function _M.probing_peers(name)
+    local blob = _M.get(name)
+    local result = {}
+    local head = blob and codec.view(blob)
+    if not head or head.probing == 0 then
+        return result
+    end
+    for _, peer in ipairs(codec.decode(blob).peers) do
+        if peer.state == codec.PROBING and peer.weight > 0 then
+            result[#result + 1] = peer
+        end
+    end
+    return result
+end
+
+
+--- Admits peers of upstream `name` that have accepted a connection, as far as they are still the
+-- same and still being probed. The revision stays. May yield.
+-- @param admitted list of peers as `probing_peers` gives them
+-- @return true when it is done, nil if the lock could not be had or there is no room
+function _M.admit(name, admitted)
+    local token = lock.acquire(LOCK, LOCK_WAIT)
+    if not token then
+        return nil
+    end
+    local done = true
+    local blob, number = _M.get(name)
+    if blob then
+        local upstream, by_id, at = codec.decode(blob), {}, now()
+        for _, peer in ipairs(admitted) do
+            by_id[peer.id] = peer
+        end
+        for _, peer in ipairs(upstream.peers) do
+            local it = by_id[peer.id]
+            if it and peer.state == codec.PROBING and peer.bytes == it.bytes
+                    and peer.port == it.port then
+                peer.state = codec.UP
+                peer.since = at
+            end
+        end
+        local entry = { name = name, old_number = number }
+        entry.blob, entry.probing = codec.encode(upstream)
+        if entry.blob ~= blob then
+            done = stage(entry)
+            if done then
+                flip(entry)
+                ctl:incr("content", 1, 0)
+            end
+        end
+    end
+    lock.release(LOCK, token)
+    return done
+end
+
+
+--- Puts a membership from disk into the empty dicts.
+-- @param saved `{revision, writer, upstreams = {name = packed}}`
+-- @return number of upstreams, or nil and why
+function _M.load(saved)
+    local count, peers = 0, 0
+    for name, blob in pairs(saved.upstreams) do
+        local head = codec.view(blob)
+        if not head then
+            return nil, "the record of upstream " .. name .. " cannot be read"
+        end
+        local entry = { name = name, blob = blob, probing = head.probing }
+        local ok, err = stage(entry)
+        if not ok then
+            return nil, "no room for upstream " .. name .. ": " .. err
+        end
+        flip(entry)
+        count = count + 1
+        peers = peers + head.count
+    end
+    ctl:set("peers", peers)
+    ctl:set("writer", saved.writer)
+    ctl:set("source", "disk")
+    ctl:set("revision", saved.revision)
+    ctl:incr("names", 1, 0)
+    return count
+end
+
+
+--- Empties all: what a failed `load` has left behind.
+function _M.clear()
+    ptr:flush_all()
+    dat:flush_all()
+    probes:flush_all()
+    ptr:flush_expired()
+    dat:flush_expired()
+    probes:flush_expired()
+    ctl:incr("names", 1, 0)
+end
+
+
+return _M

@@ -1,0 +1,237 @@
+--- Checks what comes over the wire, and turns upstreams from JSON values into the store's form.
+--
+-- Why: a push is refused whole, with a reason for each fault, before anything is touched; what
+-- passes here can be stored without further questions.
+
+local codec = require "tidegate.codec"
+local json = require "tidegate.json"
+local pickers = require "tidegate.pickers"
+local posix = require "tidegate.posix"
+
+local find = string.find
+local floor = math.floor
+local pairs = pairs
+local tostring = tostring
+local type = type
+
+local MAX_ERRORS = 100
+local MAX_PEERS = 10000
+local MAX_WEIGHT = 1000
+local MAX_HOLD = 300
+local MAX_INTEGER = 2 ^ 53
+local STATES = { up = codec.UP, draining = codec.DRAINING }
+local UNSPECIFIED = {
+    [("\0"):rep(4)] = true,
+    [("\0"):rep(16)] = true,
+    [("\0"):rep(10) .. "\255\255" .. ("\0"):rep(4)] = true,
+}
+
+local _M = {}
+
+
+--- Whether `value` is a whole number from `low` to `high`.
+local function whole(value, low, high)
+    return type(value) == "number" and value >= low and value <= high and floor(value) == value
+end
+
+
+--- Whether `value` can be a revision.
+function _M.is_revision(value)
+    return whole(value, 0, MAX_INTEGER)
+end
+
+
+--- Whether `value` is 1 to 128 printable ASCII characters.
+local function is_token(value)
+    return type(value) == "string" and #value <= 128 and find(value, "^[\32-\126]+$") ~= nil
+end
+
+
+_M.is_writer = is_token
+
+
+--- Whether `value` can be the name of an upstream.
+function _M.is_name(value)
+    return type(value) == "string" and #value >= 1 and #value <= 512
+        and not find(value, "[%z\1-\31\127]")
+end
+
+
+local function is_object(value)
+    return type(value) == "table"
+end
+
+
+-- Length of a list; nil where `value` is none.
+local function length(value)
+    if type(value) ~= "table" then
+        return nil
+    end
+    local count = 0
+    for key in pairs(value) do
+        if type(key) ~= "number" then
+            return nil
+        end
+        count = count + 1
+    end
+    return count
+end
+
+
+local function fault(errors, upstream, field, message)
+    if #errors < MAX_ERRORS then
+        errors[#errors + 1] = { upstream = upstream, field = field, message = message }
+    end
+end
+
+
+local function shown(value)
+    if type(value) == "string" then
+        return json.encode(#value > 80 and value:sub(1, 80) .. "…" or value)
+    end
+    return type(value) == "table" and "an object" or value == json.null and "null"
+        or tostring(value)
+end
+
+
+local function read_peer(errors, name, path, item, ids)
+    if not is_object(item) then
+        fault(errors, name, path, "is " .. shown(item) .. "; expected an object")
+        return nil
+    end
+    local before = #errors
+    if not is_token(item.id) then
+        fault(errors, name, path .. ".id",
+              "is " .. shown(item.id) .. "; expected 1 to 128 printable ASCII characters")
+    elseif ids[item.id] then
+        fault(errors, name, path .. ".id", "is " .. shown(item.id) .. ", as another peer's")
+    else
+        ids[item.id] = true
+    end
+    local family, bytes
+    if type(item.address) == "string" then
+        family, bytes = posix.parse_address(item.address)
+    end
+    if not family then
+        fault(errors, name, path .. ".address",
+              "is " .. shown(item.address) .. "; expected an IPv4 or IPv6 address")
+    elseif UNSPECIFIED[bytes] then
+        fault(errors, name, path .. ".address",
+              "is " .. shown(item.address) .. ", which is nobody's address")
+    end
+    if not whole(item.port, 1, 65535) then
+        fault(errors, name, path .. ".port", "is " .. shown(item.port) .. "; expected 1 to 65535")
+    end
+    local weight = item.weight == nil and 1 or item.weight
+    if not whole(weight, 0, MAX_WEIGHT) then
+        fault(errors, name, path .. ".weight", "is " .. shown(weight) .. "; expected 0 to 1000")
+    end
+    local state = STATES[item.state == nil and "up" or item.state]
+    if not state then
+        fault(errors, name, path .. ".state",
+              "is " .. shown(item.state) .. "; expected up or draining")
+    end
+    if #errors > before then
+        return nil
+    end
+    return {
+        id = item.id,
+        family = family,
+        bytes = bytes,
+        port = item.port,
+        weight = weight,
+        state = state,
+    }
+end
+
+
+--- Reads one upstream.
+-- @param errors list that faults are added to
+-- @param unsupported set of algorithms asked for that this instance lacks, added to
+-- @return the upstream as `codec.encode` takes it, without the peers' `since`; nil if faulty
+function _M.read_upstream(name, item, errors, unsupported)
+    if not _M.is_name(name) then
+        fault(errors, name, "name", "expected 1 to 512 bytes without control characters")
+        return nil
+    end
+    if not is_object(item) then
+        fault(errors, name, "", "is " .. shown(item) .. "; expected an object")
+        return nil
+    end
+    local before = #errors
+    local algorithm = "round_robin"
+    if item.policy ~= nil then
+        algorithm = is_object(item.policy) and item.policy.algorithm
+        if type(algorithm) ~= "string" or #algorithm > 64 or not find(algorithm, "^[a-z0-9_]+$") then
+            fault(errors, name, "policy.algorithm", "is " .. shown(algorithm)
+                  .. "; expected a name of lower-case letters, digits and _")
+        elseif not pickers.has(algorithm) then
+            unsupported[algorithm] = true
+        end
+    end
+    local hold = item.hold == nil and 0 or item.hold
+    if type(hold) ~= "number" or not (hold >= 0 and hold <= MAX_HOLD) then
+        fault(errors, name, "hold", "is " .. shown(hold) .. "; expected 0 to 300 seconds")
+    end
+    local count = length(item.peers)
+    if not count then
+        fault(errors, name, "peers", "is " .. shown(item.peers) .. "; expected a list")
+        return nil
+    elseif count > MAX_PEERS then
+        fault(errors, name, "peers", "has " .. count .. " peers; at most 10000 are possible")
+        return nil
+    end
+    local peers, ids = {}, {}
+    for index = 1, count do
+        peers[index] = read_peer(errors, name, "peers[" .. (index - 1) .. "]",
+                                 item.peers[index], ids)
+        if #errors >= MAX_ERRORS then
+            break
+        end
+    end
+    if #errors > before then
+        return nil
+    end
+    return { algorithm = algorithm, hold = hold, peers = peers }
+end
+
+
+--- Reads a list of upstream names.
+-- @return list, or nil and what is wrong
+function _M.read_names(value)
+    local count = length(value)
+    if not count then
+        return nil, "is " .. shown(value) .. "; expected a list of names"
+    end
+    for index = 1, count do
+        if not _M.is_name(value[index]) then
+            return nil, "has an element that is not a name of an upstream"
+        end
+    end
+    return value
+end
+
+
+--- An upstream and the state of its peers as the API shows it.
+function _M.show_upstream(upstream)
+    local peers = json.array()
+    for index, peer in ipairs(upstream.peers) do
+        peers[index] = {
+            id = peer.id,
+            address = posix.format_address(peer.family, peer.bytes),
+            port = peer.port,
+            weight = peer.weight,
+            state = peer.state == codec.DRAINING and "draining" or "up",
+            live = { state = codec.names[peer.state] },
+        }
+    end
+    table.sort(peers, function(a, b) return a.id < b.id end)
+    return {
+        policy = { algorithm = upstream.algorithm },
+        hold = upstream.hold,
+        peers = peers,
+    }
+end
+
+
+return _M
