@@ -56,9 +56,6 @@ MAX_PEERS = 10_000
 """Peers that the admin API takes in one upstream."""
 MAX_HOLD = 300.0
 """Longest hold, in seconds, that the admin API takes."""
-RETIRE_SECONDS = 60.0
-"""How long the upstreams of a host that became an alias of another are kept with their peers:
-the site that still refers to them is replaced some seconds after the membership."""
 
 _MAX_ID = 128
 _BYTE = r"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
@@ -236,22 +233,6 @@ def _reject(workload: Workload, reason: Reason, message: str, hint: str) -> Reje
     )
 
 
-def default_tls(extension: Extension) -> Tls | None:
-    """The certificate for hosts without one; a single file may hold certificate and key."""
-    if not extension.ssl_default_cert:
-        return None
-    return Tls(
-        certificate=_below(extension, extension.ssl_default_cert),
-        key=_below(extension, extension.ssl_default_cert_key or extension.ssl_default_cert),
-    )
-
-
-def _below(extension: Extension, name: str) -> str:
-    if name.startswith("/"):
-        return name
-    return f"{extension.ssl_cert_path.rstrip('/')}/{name}"
-
-
 def _tls(
     workload: Workload, declaration: RouteDeclaration, extension: Extension
 ) -> Tls | Rejection | None:
@@ -268,12 +249,12 @@ def _tls(
         )
     if declaration.certificate and declaration.certificate_key:
         return Tls(
-            certificate=_below(extension, declaration.certificate),
-            key=_below(extension, declaration.certificate_key),
+            certificate=extension.certificate_path(declaration.certificate),
+            key=extension.certificate_path(declaration.certificate_key),
         )
-    default = default_tls(extension)
+    default = extension.default_certificate
     if not declaration.certificate and not declaration.certificate_key and default is not None:
-        return default
+        return Tls(*default)
     missing = " and ".join(
         label
         for label, value in (
@@ -442,7 +423,8 @@ def _container_network(
     """A network that a container shares with a discovered proxy; None: go by published ports."""
     shared = tuple(name for name in workload.networks if name in (proxy_networks or ()))
     # On the default bridge by habit, on another by intent.
-    candidates = tuple(name for name in shared if name != "bridge") or shared
+    own = tuple(name for name in shared if name not in ("host", "none"))
+    candidates = tuple(name for name in own if name != "bridge") or own
     if len(candidates) > 1:
         return _ambiguous(workload, candidates, proxy_networks)
     return (candidates[0], "the one network shared with OpenResty") if candidates else None
@@ -468,7 +450,8 @@ def _node_port(workload: Workload, declaration: RouteDeclaration) -> Reach | Rej
                 "labels interlock.network and interlock.port.",
             )
         target, port_from = lowest, "the lowest port published"
-    if target not in published and running:
+    own_node = any(item.host_network for item in workload.instances)
+    if target not in published and running and not own_node:
         return _reject(
             workload,
             Reason.NOT_PUBLISHED,
@@ -565,6 +548,8 @@ def place_of(instance: Instance, reach: Reach, settings: Settings) -> tuple[str,
 
 def _published_place(instance: Instance, reach: Reach, settings: Settings) -> tuple[str, int] | str:
     offers = [port for port in instance.published if port.target == reach.port]
+    if instance.host_network and not offers and reach.port is not None:
+        offers = [PublishedPort(target=reach.port, published=reach.port)]
     if not offers:
         return f"it publishes no port for {reach.port}"
     offer = min(offers, key=_preference)
@@ -766,7 +751,6 @@ class Compiler:
         self._names: dict[str, _Name] = {}
         self._candidates: dict[str, set[str]] = {}
         self._lingering: dict[tuple[str, str], float] = {}
-        self._retiring: dict[str, float] = {}
         self._hosts: dict[str, Host] = {}
         self._upstreams: dict[str, Upstream] = {}
         self._roots: dict[str, tuple[str, ...]] = {}
@@ -779,7 +763,7 @@ class Compiler:
     @property
     def next_expiry(self) -> float | None:
         """When (on the clock) something that lingers is to go, so that compile is to run again."""
-        return min((*self._lingering.values(), *self._retiring.values()), default=None)
+        return min(self._lingering.values(), default=None)
 
     def compile(self, snapshot: Snapshot, settings: Settings) -> Desired:
         """What shall be served, from this snapshot and these settings.
@@ -791,7 +775,7 @@ class Compiler:
         self._take_in(snapshot, settings)
         self._expire(now)
         touched = self._settle_names(now)
-        site_changed = self._assemble_hosts(touched, now)
+        site_changed = self._assemble_hosts(touched)
         membership_changed = self._assemble_upstreams(touched)
         self._dirty_names.clear()
         self._dirty_peers.clear()
@@ -801,7 +785,6 @@ class Compiler:
 
     def _take_in(self, snapshot: Snapshot, settings: Settings) -> None:
         afresh = self._settings is not settings and self._settings != settings
-        self._settings = settings
         if afresh:
             self._dirty_names.update(self._names)
         for name in self._sources.keys() - snapshot.sources.keys():
@@ -811,6 +794,7 @@ class Compiler:
             del self._sources[name]
         for name in sorted(snapshot.sources):
             self._take_in_source(name, snapshot.sources[name], settings, afresh=afresh)
+        self._settings = settings
 
     def _take_in_source(
         self, name: str, seen: SourceSnapshot, settings: Settings, *, afresh: bool
@@ -882,9 +866,6 @@ class Compiler:
         for (name, _), deadline in self._lingering.items():
             if deadline <= now:
                 self._dirty_names.add(name)
-        for name in [name for name, deadline in self._retiring.items() if deadline <= now]:
-            del self._retiring[name]
-            self._dirty_names.add(name)
 
     def _settle_names(self, now: float) -> set[str]:
         """Settle the dirty names.
@@ -975,7 +956,7 @@ class Compiler:
 
     # assembling
 
-    def _assemble_hosts(self, touched: set[str], now: float) -> bool:
+    def _assemble_hosts(self, touched: set[str]) -> bool:
         changed = False
         for name in sorted(touched):
             old = self._hosts.get(name)
@@ -987,11 +968,6 @@ class Compiler:
                 self._hosts[name] = new
                 continue
             del self._hosts[name]
-            if name in self._names:
-                self._retiring[name] = now + RETIRE_SECONDS
-        for name in touched:
-            if name in self._hosts or name not in self._names:
-                self._retiring.pop(name, None)
         return changed
 
     def _host(self, name: str) -> Host | None:
@@ -1050,8 +1026,7 @@ class Compiler:
 
     def _upstreams_of(self, name: str, changes: dict[str, Upstream | None]) -> None:
         old = self._roots.get(name, ())
-        served = name in self._hosts or name in self._retiring
-        slots = self._names[name].table.slots if served else ()
+        slots = self._names[name].table.slots if name in self._hosts else ()
         roots = tuple(slot.root for slot in slots)
         for root in old:
             if root not in roots:

@@ -280,7 +280,8 @@ _NOT_YET = (
     "balance_algorithm",
     "backend_option",
 )
-_SPELLINGS = tuple(_PREFIX + name for name in (*_SINGLE, *_LISTS, *_NOT_YET))
+KNOWN_LABELS = tuple(_PREFIX + name for name in (*_SINGLE, *_LISTS, *_NOT_YET))
+"""Every label of a route that is known by name, also those without effect yet."""
 
 
 def _interlock(merged: Mapping[str, str], subject: str, source: str) -> Reading:
@@ -462,7 +463,7 @@ class _Reader:
         """Tell of every label that is not known, with the spelling that may have been meant."""
         for label in sorted(self.labels):
             name = label.removeprefix(_PREFIX)
-            if label in _SPELLINGS and name not in _NOT_YET:
+            if label in KNOWN_LABELS and name not in _NOT_YET:
                 continue
             if any(_is_of_list(label, item) for item in _LISTS):
                 continue
@@ -474,7 +475,7 @@ class _Reader:
                 )
                 continue
             near = (
-                difflib.get_close_matches(label.lower(), _SPELLINGS, n=1, cutoff=0.8)
+                difflib.get_close_matches(label.lower(), KNOWN_LABELS, n=1, cutoff=0.8)
                 if len(label) <= _SHOWN
                 else []
             )

@@ -12,7 +12,6 @@ import platform
 import time
 from collections import Counter as Count
 from collections.abc import Callable, Iterable, Iterator
-from importlib import metadata
 from typing import NamedTuple
 
 from prometheus_client import (
@@ -27,6 +26,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from agent import __version__
 from agent.model import Membership, PeerState, Rejection
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -41,11 +41,8 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series fo
 
 
 def version() -> str:
-    """Version of the installed distribution, "unknown" when run from a bare checkout."""
-    try:
-        return metadata.version("tidegate")
-    except metadata.PackageNotFoundError:
-        return "unknown"
+    """Version of the agent."""
+    return __version__
 
 
 class SourceView(NamedTuple):

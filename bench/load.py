@@ -42,18 +42,20 @@ import contextlib
 import errno
 import itertools
 import json
+import os
 import re
 import resource
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TextIO
@@ -816,6 +818,12 @@ class LoadProcess:
     ) -> None:
         self._plan = plan
         self._command = [*prefix, python, str(Path(__file__).resolve()), *_arguments(plan)]
+        self._records: Path | None = None
+        if plan.keep_records:
+            handle, name = tempfile.mkstemp(prefix="load-records-")
+            os.close(handle)
+            self._records = Path(name)
+            self._command += ["--records", name]
         self._process: subprocess.Popen[str] | None = None
         self._first = threading.Event()
         self._under_way = False
@@ -877,7 +885,12 @@ class LoadProcess:
             self.kill()
         if not self._stdout:
             raise RuntimeError(f"load broke down: {''.join(self._stderr).strip()}")
-        return Result.from_json(self._stdout)
+        result = Result.from_json(self._stdout)
+        if self._records is not None:
+            with self._records.open(encoding="utf-8") as lines:
+                result = replace(result, records=tuple(Record(**json.loads(x)) for x in lines))
+            self._records.unlink()
+        return result
 
     def kill(self) -> None:
         """End it without a result, if it still runs."""

@@ -109,6 +109,21 @@ class Extension(_Table):
         "", description="address for published ports that the engine reports as 0.0.0.0"
     )
 
+    def certificate_path(self, name: str) -> str:
+        """Where a certificate or key lies in the OpenResty container: below SSLCertPath.
+
+        An absolute path, which only the configuration itself can name, stays as it is.
+        """
+        return name if name.startswith("/") else f"{self.ssl_cert_path.rstrip('/')}/{name}"
+
+    @property
+    def default_certificate(self) -> tuple[str, str] | None:
+        """Paths of SSLDefaultCert and its key, which may be in one file; None if there is none."""
+        if not self.ssl_default_cert:
+            return None
+        key = self.ssl_default_cert_key or self.ssl_default_cert
+        return self.certificate_path(self.ssl_default_cert), self.certificate_path(key)
+
 
 class OpenResty(_Table):
     """`[OpenResty]`: how the agent finds its OpenResty instances and talks to them."""

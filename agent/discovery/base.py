@@ -110,7 +110,7 @@ class Source(Protocol):
 class Backoff:
     """Growing waits with jitter, so that many agents do not come back in step."""
 
-    def __init__(self, *, first: float = 0.2, cap: float = 10.0) -> None:
+    def __init__(self, *, first: float = 0.1, cap: float = 3.0) -> None:
         self._first = first
         self._cap = cap
         self._next = first
@@ -192,10 +192,19 @@ class Reporter:
         self._observer.sync(self.name, ok=False, seconds=seconds)
         self.failed(error)
 
+    def fault(self, error: Exception) -> None:
+        """A fault of ours was caught at the loop's guard: count it, log it whole once."""
+        if repr(error) != self._status.last_error:
+            self._log.error("source %s: unexpected", self.name, exc_info=error)
+        self.heard("fault")
+        self._fail(repr(error))
+
     def failed(self, error: Exception) -> None:
         """Something failed; what was published before stays in force."""
+        self._fail(str(error))
+
+    def _fail(self, sentence: str) -> None:
         self.follow(following=False)
-        sentence = str(error)
         if sentence != self._status.last_error:
             self._log.warning("source %s: %s", self.name, sentence)
         self._status = replace(self._status, connected=False, last_error=sentence)

@@ -30,6 +30,7 @@ PROXY_LABEL = "interlock.ext.name"
 PROXY_VALUE = "nginx"
 STACK_LABEL = "com.docker.stack.namespace"
 
+
 class TaskState(IntEnum):
     """SwarmKit's states of a task; only ever growing over a task's life."""
 
@@ -145,7 +146,6 @@ class Listing:
     networks: Sequence[Network]
 
 
-
 class Cluster:
     """The replica.
 
@@ -179,7 +179,7 @@ class Cluster:
     # --- what comes in --------------------------------------------------------------------
 
     def reset(self, listing: Listing) -> None:
-        """Believe the list and forget everything else; unchanged workloads stay the same objects."""
+        """Believe the list, forget everything else; unchanged workloads stay the same objects."""
         old = self._published
         workloads, proxies = self._workloads, self._proxies
         self._clear()
@@ -242,8 +242,14 @@ class Cluster:
 
     @property
     def live_tasks(self) -> Mapping[str, Task]:
-        """Tasks that have not ended, by id."""
-        return {identity: task for identity, task in self._tasks.items() if not task.ended}
+        """Tasks of services, jobs left out, that have not ended, by id."""
+        return {
+            identity: task
+            for service in self._services.values()
+            if not service.job
+            for identity, task in self._of_service.get(service.id, {}).items()
+            if not task.ended
+        }
 
     def _known(self, kind: Kind) -> Mapping[str, Record]:
         match kind:

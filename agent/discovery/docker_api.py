@@ -129,7 +129,9 @@ class DockerEngine:
         arguments = _arguments(settings)
         self.url = str(arguments.get("base_url") or DEFAULT_URL)
         with _mapped(self.url):
-            self._client = APIClient(version="auto", timeout=self._timeout, **arguments)
+            # The stubs know of whole seconds only; the library hands the number on as it is.
+            timeout: Any = self._timeout
+            self._client = APIClient(version="auto", timeout=timeout, **arguments)
         self.api_version = str(self._client.api_version)
         self.version = str(read(self, "/version").get("Version", ""))
 
@@ -163,7 +165,9 @@ class DockerEngine:
     def events(self, filters: Filters) -> EventStream:
         """The event stream, from now on."""
         with _mapped(self.url):
-            return _Events(self._client.events(decode=True, filters=dict(filters)), self.url)
+            # Lists, no tuples: the library takes anything else for one single value.
+            lists = {key: list(value) for key, value in filters.items()}
+            return _Events(self._client.events(decode=True, filters=lists), self.url)
 
     def close(self) -> None:
         """Let go of the connections."""

@@ -10,6 +10,7 @@ There is no debounce: what one transaction of the manager changed is one snapsho
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -26,14 +27,13 @@ from agent.discovery.base import (
     Reporter,
     SourceStatus,
 )
-from agent.discovery.cluster import Change, Cluster, Listing, Task, TaskState
+from agent.discovery.cluster import Change, Cluster, Listing, Network, Task, TaskState
 from agent.discovery.docker_api import Connect, Engine, EventStream, read
 from agent.discovery.swarm_rest import LIVE, list_all, tasks_of
-from agent.discovery.swarm_watch import OpenWatch, Watch
+from agent.discovery.swarm_watch import OpenWatch, Transaction, Watch
 from agent.errors import (
     DiscoveryError,
     DockerUnavailable,
-    Retryable,
     WatchCompacted,
     WatchUnavailable,
 )
@@ -52,9 +52,6 @@ restored from a backup is really older, and believed after this.
 
 DOUBT_INTERVAL = 2.0
 """Seconds between lists while they are in doubt."""
-
-BROKEN_WATCH_GRACE = 1.0
-"""Seconds for which a broken watch is tried again before polling takes over."""
 
 MANY_IDS = 200
 """More tasks than this are looked up by listing all rather than by id."""
@@ -85,13 +82,13 @@ class SwarmSource:
         self._backoff = Backoff()
         self._watch_backoff = Backoff(first=0.1, cap=30.0)
         self._watch_due = 0.0
-        self._watch_broke = 0.0
         self._watch_reason = "Watch is off in the settings" if settings.watch == "off" else ""
         self._resume_from = 0
         self._cluster_id = ""
         self._resync_due = 0.0
         self._doubt_until = 0.0
         self._lost = False
+        self._listed = False
 
     @property
     def status(self) -> SourceStatus:
@@ -121,10 +118,9 @@ class SwarmSource:
                     self._follow(engine, publish, stop)
             except DiscoveryError as error:
                 self._report.failed(error)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001
                 # The guard of the loop: a fault of ours must not end discovery for good.
-                _log.exception("source swarm: unexpected")
-                self._report.failed(error)
+                self._report.fault(error)
                 self._resync_due = 0.0
             self._lost = True
             self._report.follow(following=False)
@@ -147,10 +143,8 @@ class SwarmSource:
             self._doubt_until = self._clock() + PATIENCE
             self._resync_due = 0.0
         while not stop.is_set():
-            watch = self._try_watch(engine)
-            if watch is None:
-                self._poll(engine, publish, stop)
-            else:
+            watch = self._try_watch(engine) or self._poll(engine, publish, stop)
+            if watch is not None:
                 with closing(watch):
                     self._follow_watch(engine, watch, publish, stop)
 
@@ -166,16 +160,21 @@ class SwarmSource:
 
     def _sync(self, engine: Engine, publish: Publish, heard_at: float) -> None:
         """List everything, take it in, publish what has changed."""
-        started = self._clock()
-        try:
-            listing = list_all(engine)
-        except DiscoveryError as error:
-            self._report.list_failed(error, self._clock() - started)
-            raise
-        self._report.synced(self._clock() - started)
+        self._finish_sync(_ListCall(engine).now(), publish, heard_at)
+
+    def _finish_sync(self, call: _ListCall, publish: Publish, heard_at: float) -> None:
+        """Take in a list that has come, with what was heard meanwhile on top."""
+        if isinstance(call.result, DiscoveryError):
+            self._listed = False
+            self._report.list_failed(call.result, call.seconds)
+            self._resync_due = self._clock() + self._backoff.wait()
+            raise call.result
+        self._listed = True
+        self._report.synced(call.seconds)
         self._backoff.reset()
         self._resync_due = self._clock() + self._settings.resync_interval
-        self._take_in(listing)
+        self._take_in(call.result)
+        self._cluster.apply(call.meanwhile)
         self._publish(publish, heard_at)
 
     def _take_in(self, listing: Listing) -> None:
@@ -214,11 +213,8 @@ class SwarmSource:
         except (WatchUnavailable, WatchCompacted) as error:
             if self._settings.watch == "on":
                 raise
-            now = self._clock()
-            self._watch_due = now + self._watch_backoff.wait()
+            self._watch_due = self._clock() + self._watch_backoff.wait()
             self._watch_reason = str(error)
-            if now < self._watch_broke + BROKEN_WATCH_GRACE:
-                raise
             return None
         if not self._resume_from:
             self._resync_due = 0.0
@@ -229,34 +225,46 @@ class SwarmSource:
     ) -> None:
         """Apply what the stream brings, until it breaks; list whenever that is due."""
         self._report.mode("watch")
+        if self._resync_due <= self._clock():
+            self._sync(engine, publish, self._clock())
+        self._watch_backoff.reset()
+        call: _ListCall | None = None
         while not stop.is_set():
-            now = self._clock()
-            if now >= self._resync_due:
-                self._sync(engine, publish, now)
-            self._report.follow(following=True)
-            self._watch_backoff.reset()
-            wait = min(STOP_CHECK, max(self._resync_due - self._clock(), 0.0))
+            self._report.follow(following=self._listed)
+            if call is None and self._clock() >= self._resync_due:
+                # Beside the stream: no change waits for a list.
+                call = _ListCall(engine).in_background()
             try:
-                transaction = watch.next(wait)
+                transaction = watch.next(STOP_CHECK)
             except WatchUnavailable as error:
-                self._watch_broke = self._clock()
                 self._watch_due = 0.0
                 self._report.failed(error)
                 return
-            if transaction is None:
-                continue
-            versions = [change.record.version for change in transaction.changes]
-            # Objects carry the version before their transaction: it is safe to resume from.
-            self._resume_from = max(self._resume_from, transaction.version, *versions, 0)
-            for change in transaction.changes:
-                self._report.heard(change.kind)
-            self._cluster.apply(transaction.changes)
-            self._publish(publish, transaction.heard_at)
+            if transaction is not None:
+                self._apply(transaction, publish)
+                if call is not None:
+                    call.meanwhile += transaction.changes
+            if call is not None and call.done.is_set():
+                # The stream still stands: a list that failed is tried again, nothing else.
+                with contextlib.suppress(DiscoveryError):
+                    self._finish_sync(call, publish, self._clock())
+                call = None
+
+    def _apply(self, transaction: Transaction, publish: Publish) -> None:
+        changes = transaction.changes
+        for change in changes:
+            self._report.heard(change.kind)
+            # Objects carry the version before their transaction: it is safe to resume from, and
+            # many transactions come without a version of their own.
+            self._resume_from = max(self._resume_from, change.record.version)
+        self._resume_from = max(self._resume_from, transaction.version)
+        self._cluster.apply(changes)
+        self._publish(publish, transaction.heard_at)
 
     # --- poll -----------------------------------------------------------------------------
 
-    def _poll(self, engine: Engine, publish: Publish, stop: threading.Event) -> None:
-        """List tasks at each poll interval until it is time to try the watch again."""
+    def _poll(self, engine: Engine, publish: Publish, stop: threading.Event) -> Watch | None:
+        """List tasks at each poll interval until the watch can be had, or `stop` is set."""
         self._report.mode("poll", self._watch_reason)
         news: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         events = engine.events(_EVENT_TYPES)
@@ -275,9 +283,12 @@ class SwarmSource:
                 else:
                     last = self._poll_tasks(engine, publish, last)
                 self._report.follow(following=True)
-                if self._settings.watch != "off" and self._clock() >= self._watch_due:
-                    return
+                watch = self._try_watch(engine)
+                if watch is not None:
+                    return watch
+                self._report.mode("poll", self._watch_reason)
                 self._await_news(news, until=started + self._settings.poll_interval, stop=stop)
+        return None
 
     def _await_news(
         self, news: queue.SimpleQueue[str | None], *, until: float, stop: threading.Event
@@ -305,33 +316,27 @@ class SwarmSource:
         heard_at = self._clock()
         body = engine.get("/tasks", filters=LIVE)
         known = self._cluster.live_tasks
-        leaving = {i for i, task in known.items() if task.desired > TaskState.RUNNING}
-        if body == last and not leaving:
-            self._report.alive()
-            return body
-        tasks, networks = tasks_of(body)
-        here = {task.id for task in tasks}
-        asked = leaving | (known.keys() - here)
+        asked = {i for i, task in known.items() if task.desired > TaskState.RUNNING}
+        tasks: list[Task] = []
+        networks: list[Network] = []
+        if body != last:
+            tasks, networks = tasks_of(body)
+            asked |= known.keys() - {task.id for task in tasks}
         if asked:
-            others, more = self._look_up(engine, asked)
-            tasks += others
+            filters = {"id": sorted(asked)} if len(asked) <= MANY_IDS else None
+            others, more = tasks_of(engine.get("/tasks", filters=filters))
+            tasks += [task for task in others if task.id in asked]
             networks += more
         self._report.alive()
-        changes = [Change("network", network) for network in networks]
         for task in tasks:
             old = known.get(task.id)
             if old is None or old.version < task.version:
                 self._report.heard("task")
-            changes.append(Change("task", task))
-        self._cluster.apply(changes)
+        self._cluster.apply(Change("network", network) for network in networks)
+        self._cluster.apply(Change("task", task) for task in tasks)
         self._cluster.forget_tasks(asked - {task.id for task in tasks})
         self._publish(publish, heard_at)
         return body
-
-    def _look_up(self, engine: Engine, identities: set[str]) -> tuple[list[Task], list]:  # type: ignore[type-arg]
-        filters = {"id": sorted(identities)} if len(identities) <= MANY_IDS else None
-        tasks, networks = tasks_of(engine.get("/tasks", filters=filters))
-        return [task for task in tasks if task.id in identities], networks
 
 
 def require_manager(engine: Engine) -> str:
@@ -356,6 +361,40 @@ def require_manager(engine: Engine) -> str:
             "agent on a manager, or set DockerURL to one"
         )
     return str((swarm.get("Cluster") or {}).get("ID", ""))
+
+
+class _ListCall:
+    """One full list, read here and now or beside the stream.
+
+    Attributes:
+        result: the list or what went wrong, once it is `done`.
+        seconds: how long it took.
+        meanwhile: changes heard of while it was read; they may be older or newer than it.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.done = threading.Event()
+        self.result: Listing | DiscoveryError = DiscoveryError("the list was not read")
+        self.seconds = 0.0
+        self.meanwhile: tuple[Change, ...] = ()
+
+    def now(self) -> _ListCall:
+        """Read it."""
+        started = time.monotonic()
+        try:
+            self.result = list_all(self._engine)
+        except DiscoveryError as error:
+            self.result = error
+        finally:
+            self.seconds = time.monotonic() - started
+            self.done.set()
+        return self
+
+    def in_background(self) -> _ListCall:
+        """Have it read by a thread."""
+        threading.Thread(target=self.now, name="swarm-list", daemon=True).start()
+        return self
 
 
 def _collect(events: EventStream, news: queue.SimpleQueue[str | None]) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any
 
 from agent.discovery.cluster import Listing, Network, Node, Service, Task, TaskState
 from agent.discovery.docker_api import Engine, parse, read
-from agent.errors import DockerRefused
+from agent.errors import DockerRefused, DockerUnavailable
 from agent.model import EMPTY, PublishedPort
 
 NOT_FOUND = 404
@@ -25,12 +26,14 @@ def list_all(engine: Engine) -> Listing:
     Raises:
         DockerUnavailable, DockerRefused: one of the lists failed, so there is no list.
     """
-    nodes = [node(raw) for raw in read(engine, "/nodes")]
-    networks = {n.id: n for n in map(network, read(engine, "/networks"))}
-    services = [service(raw) for raw in read(engine, "/services")]
-    raw_tasks = read(engine, "/tasks")
-    for raw in raw_tasks:
-        networks |= {n.id: n for n in task_networks(raw)}
+    with _shape_of("/nodes"):
+        nodes = [node(raw) for raw in read(engine, "/nodes")]
+    with _shape_of("/networks"):
+        networks = {n.id: n for n in map(network, read(engine, "/networks"))}
+    with _shape_of("/services"):
+        services = [service(raw) for raw in read(engine, "/services")]
+    tasks, of_tasks = tasks_of(engine.get("/tasks"))
+    networks |= {n.id: n for n in of_tasks}
     for target in {target for item in services for target in item.targets} - networks.keys():
         # The list leaves out the cluster's own "host" and "bridge".
         try:
@@ -39,10 +42,7 @@ def list_all(engine: Engine) -> Listing:
             if error.status != NOT_FOUND:
                 raise
     return Listing(
-        services=services,
-        tasks=[task(raw) for raw in raw_tasks],
-        nodes=nodes,
-        networks=list(networks.values()),
+        services=services, tasks=tasks, nodes=nodes, networks=list(networks.values())
     )
 
 
@@ -50,11 +50,23 @@ def tasks_of(body: bytes) -> tuple[list[Task], list[Network]]:
     """The tasks of an answer to `/tasks`, and the networks that they name.
 
     Raises:
-        DockerUnavailable: it is no JSON.
+        DockerUnavailable: it is no list of tasks.
     """
-    raw_tasks = parse(body, "/tasks")
-    networks = {n.id: n for raw in raw_tasks for n in task_networks(raw)}
-    return [task(raw) for raw in raw_tasks], list(networks.values())
+    with _shape_of("/tasks"):
+        raw_tasks = parse(body, "/tasks")
+        networks = {n.id: n for raw in raw_tasks for n in task_networks(raw)}
+        return [task(raw) for raw in raw_tasks], list(networks.values())
+
+
+@contextmanager
+def _shape_of(path: str) -> Iterator[None]:
+    """An answer that lacks what it must have is as good as none."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DockerUnavailable(
+            f"the engine's answer to {path} is not what it should be: {error!r}"
+        ) from error
 
 
 def node(raw: Any) -> Node:

@@ -84,7 +84,8 @@ class Fleet:
         for worker in workers:
             worker.stop(give_up_lease=True)
         threads: tuple[Worker | Rollout, ...] = (*workers, self._rollout)
-        if not all([item.join(max(0.0, deadline - time.monotonic())) for item in threads]):
+        ended = [item.join(max(0.0, deadline - time.monotonic())) for item in threads]
+        if not all(ended):
             log.warning("some pushes did not end within %g s; the leases will lapse", timeout)
 
     def set_instances(self, targets: tuple[Target, ...]) -> None:
@@ -162,13 +163,10 @@ class Fleet:
             options=self._options,
             revisions=self._revisions,
             sink=self._sink,
-            progress=self._rollout_poke,
+            progress=self._rollout.poke,
         )
         self._workers[target.id] = worker
         if self._order is not None:
             worker.apply(self._order, None)
         if self._running:
             worker.start()
-
-    def _rollout_poke(self) -> None:
-        self._rollout.poke()

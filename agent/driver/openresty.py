@@ -40,7 +40,7 @@ from agent.model import Membership, Peer, PeerState, Policy, Upstream
 CONNECT_TIMEOUT = 3.0
 """Seconds for a connection to stand: an address on a network that we are not on never answers."""
 
-SITE_TIMEOUT = 60.0
+SITE_TIMEOUT = 150.0
 """Seconds at least for a site push: testing and loading thousands of hosts takes its time."""
 
 

@@ -59,6 +59,7 @@ class Rollout:
         self._pending_since: float | None = None
         self._site: Site | None = None
         self._since: float | None = None
+        self._looked_at = 0.0
         self._rendered: dict[int, Rendered] = {}
         self._rendered_of: tuple[Site, Renderer] | None = None
         self._clients: dict[Worker, tuple[Connect, AdminClient]] = {}
@@ -120,7 +121,7 @@ class Rollout:
                 while self._one():
                     pass
                 self._close_gone()
-            except Exception:  # noqa: BLE001 - the loop's guard: it must never end
+            except Exception:
                 self._sink.loop_error("rollout")
                 log.exception("site rollout: unexpected error; the loop goes on")
                 time.sleep(1.0)
@@ -139,8 +140,9 @@ class Rollout:
         times = [time.monotonic() + IDLE]
         if self._pending is not None:
             times.append(self._due_at())
-        if self._site is not None:
-            times += [at for worker in self._workers() if (at := worker.site_wake_at()) is not None]
+        wakes = (worker.site_wake_at() for worker in self._workers())
+        # One that was due at the last look waits for something else, which will poke us.
+        times += [at for at in wakes if at is not None and at > self._looked_at]
         return max(0.0, min(times) - time.monotonic())
 
     def _take_due(self) -> None:
@@ -156,7 +158,7 @@ class Rollout:
             stopping = self._stopping
         if site is None or stopping:
             return False
-        now = time.monotonic()
+        now = self._looked_at = time.monotonic()
         worker = next((item for item in self._workers() if item.wants_site(site, now)), None)
         if worker is None:
             return False
@@ -172,8 +174,11 @@ class Rollout:
             running = self._push(worker, client, rendered, running, since, renderer)
         except TidegateError as caught:
             error = caught
-        finally:
-            worker.end_site(site if error is None else None, running, error)
+        except Exception as caught:
+            self._sink.loop_error("rollout")
+            log.exception("OpenResty %s: unexpected error at the site", worker.target.name)
+            error = DriverError(f"unexpected: {caught!r}")
+        worker.end_site(site if error is None else None, running, error)
 
     def _push(
         self,

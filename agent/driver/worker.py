@@ -329,6 +329,8 @@ class Worker:
             if self._held is None or self._in_flight or time.monotonic() >= self._beat_at:
                 self._beat(order)
             if order is not None:
+                if not self._leased:
+                    self._beat(order)
                 self._push(order, since)
         except LeaseHeld as error:
             self._stand_by(error)
@@ -339,7 +341,7 @@ class Worker:
         except DriverError as error:
             self._fail(error, wait=self._backoff.wait())
             return False
-        except Exception as error:  # noqa: BLE001 - the loop's guard: it must never end
+        except Exception as error:
             self._sink.loop_error("openresty")
             log.exception("OpenResty %s: unexpected error; the loop goes on", self.target.name)
             self._held = None
@@ -348,23 +350,30 @@ class Worker:
         self._backoff.reset()
         self._backing_off = False
         self._due_at = self._beat_at
-        if self._state is not InstanceState.IN_SYNC:
-            log.info("OpenResty %s: in step", self.target.name)
-        self._state, self._error = InstanceState.IN_SYNC, ""
+        now = InstanceState.IN_SYNC if order is not None else InstanceState.BEHIND
+        if now is not self._state:
+            what = "membership in step" if order is not None else "answers"
+            log.info("OpenResty %s: %s", self.target.name, what)
+        self._state, self._error = now, ""
         return True
 
     def _beat(self, order: Order | None) -> None:
-        """Renew the lease, ask for the status, and find out what the instance holds."""
+        """Renew the lease, ask for the status, and find out what the instance holds.
+
+        Raises:
+            LeaseHeld: another agent writes.
+        """
         client = self._open_client
-        try:
-            client.renew(self._writer)
-        except LeaseHeld:
-            self._leased = False
-            self._saw(client.status())
-            raise
-        if not self._leased:
-            log.info("OpenResty %s: the writer lease is ours", self.target.name)
-        self._leased = True
+        if order is not None:  # who has nothing to say must not keep another agent from it
+            try:
+                client.renew(self._writer)
+            except LeaseHeld:
+                self._leased = False
+                self._saw(client.status())
+                raise
+            if not self._leased:
+                log.info("OpenResty %s: the writer lease is ours", self.target.name)
+            self._leased = True
         status = client.status()
         self._saw(status)
         in_flight, self._in_flight = self._in_flight, None

@@ -359,6 +359,14 @@ def test_process_reports_failures(serve):
     assert result.details[0].status == 502
 
 
+def test_process_hands_over_its_records(serve):
+    server = serve(lambda c, n, k: answer(c))
+    plan = Plan(urls=(server.url,), rate=50, seconds=0.1, keep_records=True)
+    with LoadProcess(plan) as load:
+        result = load.wait(timeout=20)
+    assert [record.status for record in result.records] == [200] * 5
+
+
 def test_process_that_cannot_start_says_why():
     with pytest.raises(RuntimeError, match="cannot resolve"):
         LoadProcess(Plan(urls=("http://no.such.invalid/",))).start()

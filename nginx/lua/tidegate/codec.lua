@@ -189,10 +189,11 @@ function _M.decode(blob)
 end
 
 
---- How the peer at `record` is to be named to nginx: an IPv6 address goes in brackets.
-function _M.host(record)
-    local text = posix.format_address(record.family, record.address)
-    return record.family == 6 and "[" .. text .. "]" or text
+--- How a peer is to be named to nginx: an IPv6 address goes in brackets.
+-- @param bytes string or pointer
+function _M.host(family, bytes)
+    local text = posix.format_address(family, bytes)
+    return family == 6 and "[" .. text .. "]" or text
 end
 
 

@@ -8,6 +8,7 @@ local cjson = require "cjson.safe"
 local concat = table.concat
 local format = string.format
 local getmetatable = getmetatable
+local gsub = string.gsub
 local pairs = pairs
 local setmetatable = setmetatable
 local sort = table.sort
@@ -16,11 +17,16 @@ local type = type
 
 local reader = cjson.new()
 reader.decode_invalid_numbers(false)
-local quote = cjson.encode
 
 local array_mt = {}
 
 local _M = { null = cjson.null }
+
+
+-- cjson writes a slash as `\/`, which is right and hard to read.
+local function quote(text)
+    return (gsub(cjson.encode(text), "\\/", "/"))
+end
 
 
 --- Marks `list` (a new one if nil) as a list, so that it is written as one even when empty.

@@ -33,7 +33,7 @@ local function try(key)
     if pid and not posix.alive(pid) and dict:get(key) == holder then
         dict:delete(key)
         if dict:add(key, token, TTL) then
-            return token
+            return token, true
         end
     end
     return nil
@@ -41,19 +41,19 @@ end
 
 
 --- Takes the lock `key`, waiting up to `wait` seconds (not at all where waiting is impossible).
--- @return a token for `release`, or nil
+-- @return a token for `release`, or nil; and whether its last holder died with it
 function _M.acquire(key, wait)
-    local token = try(key)
+    local token, orphaned = try(key)
     if token or wait == 0 or get_phase() == "exit_worker" then
-        return token
+        return token, orphaned
     end
     local deadline = now() + wait
     repeat
         sleep(STEP)
-        token = try(key)
+        token, orphaned = try(key)
         update_time()
     until token or now() >= deadline
-    return token
+    return token, orphaned
 end
 
 

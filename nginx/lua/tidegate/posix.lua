@@ -130,6 +130,25 @@ function _M.write(path, data)
 end
 
 
+--- Puts `data` in the place of the file at `target`, synced; the old one stays as `target.prev`.
+function _M.replace(target, data)
+    local new = target .. ".new"
+    local ok, err = _M.write(new, data)
+    if ok then
+        ok, err = _M.fsync(new)
+    end
+    if not ok then
+        return nil, err
+    end
+    os_rename(target, target .. ".prev")
+    ok, err = os_rename(new, target)
+    if ok then
+        _M.fsync((target:gsub("/[^/]*$", "")))
+    end
+    return ok, err
+end
+
+
 --- Whole content of the file at `path`.
 function _M.read(path)
     local file, err = io_open(path, "rb")

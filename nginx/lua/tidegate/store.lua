@@ -17,10 +17,14 @@ local ptr = ngx.shared.tidegate_ptr
 local dat = ngx.shared.tidegate_dat
 local probes = ngx.shared.tidegate_probes
 
+local error = error
 local ipairs = ipairs
+local match = string.match
 local now = ngx.now
 local pairs = pairs
+local pcall = pcall
 local sleep = ngx.sleep
+local tonumber = tonumber
 local update_time = ngx.update_time
 
 local LOCK = "push"
@@ -128,7 +132,25 @@ local function unstage(entry)
     dat:delete(key_of(entry.name, entry.number))
     if not entry.old_number then
         ptr:delete(entry.name)
+        ctl:incr("names", 1, 0)
     end
+end
+
+
+-- Deletes what a worker that was killed in the middle of a push had staged.
+local function sweep()
+    for _, name in ipairs(ptr:get_keys(0)) do
+        if ptr:get(name) == 0 then
+            ptr:delete(name)
+        end
+    end
+    for _, key in ipairs(dat:get_keys(0)) do
+        local name, number = match(key, "^\1(.*)\1(%d+)$")
+        if ptr:get(name) ~= tonumber(number) then
+            dat:delete(key)
+        end
+    end
+    ctl:incr("names", 1, 0)
 end
 
 
@@ -142,6 +164,15 @@ local function flip(entry)
     if entry.old_number then
         dat:delete(key_of(entry.name, entry.old_number))
     end
+end
+
+
+local function take_lock()
+    local token, orphaned = lock.acquire(LOCK, LOCK_WAIT)
+    if orphaned then
+        sweep()
+    end
+    return token
 end
 
 
@@ -167,25 +198,7 @@ local function carry_over(upstream, old, at)
 end
 
 
---- Applies a push, whole or not at all. May yield.
---
--- @param push `{writer, revision, base_revision (nil: full), upsert = {name = upstream},
---   remove = {names}}`; upstreams as `wire.read_upstream` gives them
--- @return `{revision, upserted, removed, changed = {names}, removed_names}` (counts as the push
---   has them, `changed` only what differs), or nil and `{kind = "busy"|"revision"|"dict_full",
---   …}`
-function _M.apply(push)
-    local token = lock.acquire(LOCK, LOCK_WAIT)
-    if not token then
-        return nil, { kind = "busy" }
-    end
-    local result, refusal = _M.apply_locked(push, token)
-    lock.release(LOCK, token)
-    return result, refusal
-end
-
-
-function _M.apply_locked(push, token)
+local function apply_locked(push, token)
     local current = ctl:get("revision") or 0
     local full = push.base_revision == nil
     if push.revision == current and ctl:get("writer") == push.writer and not ctl:get("dirty") then
@@ -284,6 +297,27 @@ function _M.apply_locked(push, token)
 end
 
 
+--- Applies a push, whole or not at all. May yield.
+--
+-- @param push `{writer, revision, base_revision (nil: full), upsert = {name = upstream},
+--   remove = {names}}`; upstreams as `wire.read_upstream` gives them
+-- @return `{revision, upserted, removed, changed = {names}, removed_names}` (counts as the push
+--   has them, `changed` only what differs), or nil and `{kind = "busy"|"revision"|"dict_full",
+--   …}`
+function _M.apply(push)
+    local token = take_lock()
+    if not token then
+        return nil, { kind = "busy" }
+    end
+    local ok, result, refusal = pcall(apply_locked, push, token)
+    lock.release(LOCK, token)
+    if not ok then
+        error(result, 0)
+    end
+    return result, refusal
+end
+
+
 --- Names of upstreams that have peers being probed.
 function _M.probing_names()
     return probes:get_keys(0)
@@ -312,7 +346,7 @@ end
 -- @param admitted list of peers as `probing_peers` gives them
 -- @return true when it is done, nil if the lock could not be had or there is no room
 function _M.admit(name, admitted)
-    local token = lock.acquire(LOCK, LOCK_WAIT)
+    local token = take_lock()
     if not token then
         return nil
     end

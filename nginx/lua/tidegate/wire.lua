@@ -162,7 +162,8 @@ function _M.read_upstream(name, item, errors, unsupported)
     local algorithm = "round_robin"
     if item.policy ~= nil then
         algorithm = is_object(item.policy) and item.policy.algorithm
-        if type(algorithm) ~= "string" or #algorithm > 64 or not find(algorithm, "^[a-z0-9_]+$") then
+        if type(algorithm) ~= "string" or #algorithm > 64
+                or not find(algorithm, "^[a-z0-9_]+$") then
             fault(errors, name, "policy.algorithm", "is " .. shown(algorithm)
                   .. "; expected a name of lower-case letters, digits and _")
         elseif not pickers.has(algorithm) then

@@ -1,0 +1,511 @@
+"""The command `tidegate`: options in, lines and exit codes out.
+
+Everything is imported where it is needed: `version` and a usage error must not load gRPC. Nothing
+is decided here; errors become one or more plain lines (what, where, why, cure) and an exit code,
+never a traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from agent.errors import DiscoveryError, RenderError, SettingsError
+
+if TYPE_CHECKING:
+    from agent.config.settings import Settings
+    from agent.config.stores import Loaded
+    from agent.controller import Controller
+    from agent.http import Pages
+    from agent.metrics import Metrics
+    from agent.model import Desired, Snapshot
+
+OK = 0
+NEGATIVE = 1
+"""Asked and answered, and the answer is no: a check failed, not routed, not ready."""
+USAGE = 2
+"""The command line or the settings cannot be used."""
+UNREACHABLE = 3
+"""Something that had to be asked did not answer."""
+
+STOP_LIMIT = 10.0
+"""Seconds for a clean end; Docker kills after ten by default, so the stack file allows more."""
+
+log = logging.getLogger("agent")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("-D", "--debug", is_flag=True, help="Log everything.")
+@click.option(
+    "-v",
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=lambda ctx, _, value: _print_version(ctx) if value else None,
+    help="Show the version and exit.",
+)
+@click.pass_context
+def main(ctx: click.Context, *, debug: bool) -> None:
+    """Zero-reload ingress for Docker Swarm: feeds OpenResty with what runs in the cluster."""
+    ctx.obj = debug
+
+
+def _print_version(ctx: click.Context) -> None:
+    from agent.metrics import version
+
+    click.echo(f"tidegate {version()}")
+    ctx.exit()
+
+
+_config_option = click.option(
+    "-c",
+    "--config",
+    type=click.Path(dir_okay=False),
+    help="Settings file (TOML). TIDEGATE_CONFIG or INTERLOCK_CONFIG, if set, hold the text "
+    "themselves and win.",
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Turn our own errors into lines on stderr and an exit code."""
+    try:
+        yield
+    except SettingsError as error:
+        for problem in error.problems:
+            click.echo(f"tidegate: {problem}", err=True)
+        sys.exit(USAGE)
+    except RenderError as error:
+        click.echo(f"tidegate: {error}", err=True)
+        sys.exit(USAGE)
+    except DiscoveryError as error:
+        click.echo(f"tidegate: {error}", err=True)
+        sys.exit(UNREACHABLE)
+
+
+def _load(config: str | None) -> Loaded:
+    """The settings, with a line for each unknown key, and one if there are none at all."""
+    from agent.config import stores
+
+    loaded = stores.load(config)
+    for warning in loaded.warnings:
+        click.echo(f"tidegate: warning: {warning}", err=True)
+    if loaded.where == stores.BUILT_IN:
+        click.echo(
+            "tidegate: no settings given (-c FILE, TIDEGATE_CONFIG or INTERLOCK_CONFIG): "
+            "the built-in defaults are in force",
+            err=True,
+        )
+    return loaded
+
+
+@main.command()
+@_config_option
+@click.pass_obj
+def run(debug: bool, *, config: str | None) -> None:
+    """Run the agent. SIGTERM ends it cleanly, SIGHUP rereads the settings."""
+    with _told():
+        _run(config, debug=debug)
+
+
+def _run(config: str | None, *, debug: bool) -> None:
+    loaded = _load(config)
+
+    from agent.config import stores
+    from agent.controller import Controller, build_fleet
+    from agent.discovery import build_sources
+    from agent.http import Listener
+    from agent.metrics import Metrics, version
+
+    # Blocked here and thus in every thread, taken out one by one below: no code ever runs in a
+    # signal handler, so none can meet a lock that is held.
+    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    # A thread that renders must not keep the one that pushes waiting for Python's usual 5 ms.
+    sys.setswitchinterval(0.0005)
+    _set_up_logging(loaded.settings.log_level, debug=debug)
+    log.info("tidegate %s, settings from %s", version(), loaded.where)
+
+    metrics = Metrics()
+    controller = Controller(
+        settings=loaded.settings,
+        settings_from=loaded.where,
+        build_sources=build_sources,
+        fleet=build_fleet(loaded.settings, metrics),
+        metrics=metrics,
+    )
+    listener = Listener(
+        loaded.settings.listen_addr, _pages(controller, metrics, lambda: controller.settings)
+    )
+    controller.start()
+    listener.start()
+    log.info("listening on %s", loaded.settings.listen_addr)
+    while (caught := signal.sigwait(signals)) == signal.SIGHUP:
+        try:
+            again = stores.load(config)
+            for warning in again.warnings:
+                log.warning("%s", warning)
+            controller.reload(again.settings, again.where)
+        except SettingsError as error:
+            metrics.settings_reload("refused")
+            for problem in error.problems:
+                log.error("settings refused, the old ones stay in force: %s", problem)
+        else:
+            metrics.settings_reload("ok")
+            _set_up_logging(again.settings.log_level, debug=debug)
+    log.info("%s: ending", signal.Signals(caught).name)
+    began = time.monotonic()
+    listener.stop()
+    controller.stop(STOP_LIMIT)
+    log.info("ended after %.1f s", time.monotonic() - began)
+
+
+def _pages(controller: Controller, metrics: Metrics, settings: Callable[[], Settings]) -> Pages:
+    from agent.http import Page, as_json
+    from agent.metrics import CONTENT_TYPE
+
+    def metrics_page() -> Page:
+        if not settings().enable_metrics:
+            return as_json({"error": "not_found", "message": "EnableMetrics is false"}, status=404)
+        return Page(200, CONTENT_TYPE, metrics.exposition())
+
+    def ready_page() -> Page:
+        readiness = controller.readiness()
+        body = {"ready": readiness.ready, "reasons": list(readiness.reasons)}
+        return as_json(body, status=200 if readiness.ready else 503)
+
+    return {
+        "/metrics": metrics_page,
+        "/healthz": lambda: as_json({"alive": True}),
+        "/readyz": ready_page,
+        "/api/state": lambda: as_json(controller.state().as_dict()),
+    }
+
+
+def _set_up_logging(level: str, *, debug: bool) -> None:
+    root = logging.getLogger()
+    if not root.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(
+            logging.Formatter("%(asctime)s.%(msecs)03d %(levelname)-7s %(message)s", "%FT%T")
+        )
+        root.addHandler(handler)
+    root.setLevel(logging.DEBUG if debug else level.upper())
+    # A line per request of theirs says nothing that ours do not.
+    for noisy in ("urllib3", "docker"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+@main.command()
+@_config_option
+@_json_option
+@click.option(
+    "--strict", is_flag=True, help="A key of the settings that is not known is a failure."
+)
+def check(*, config: str | None, as_json: bool, strict: bool) -> None:
+    """Look at settings, engine and OpenResty; say what is wrong and what cures it."""
+    with _told():
+        from agent import check as checks
+        from agent.config import stores
+
+        loaded = stores.load(config)
+        colours = {"ok": "green", "warning": "yellow", "failed": "red"}
+        failed = False
+        found = []
+        for finding in checks.check(loaded, strict=strict):
+            failed = failed or finding.level is checks.Level.FAILED
+            if as_json:
+                found.append(
+                    {
+                        "level": finding.level.value,
+                        "subject": finding.subject,
+                        "text": finding.text,
+                        "cure": finding.cure,
+                    }
+                )
+                continue
+            mark = click.style(f"{finding.level.value:<8}", fg=colours[finding.level.value])
+            click.echo(f"{mark} {finding.subject}: {finding.text}")
+            if finding.cure and finding.level is not checks.Level.OK:
+                click.echo(f"         {finding.cure}")
+        if as_json:
+            click.echo(json.dumps({"failed": failed, "findings": found}, indent=1))
+        sys.exit(NEGATIVE if failed else OK)
+
+
+@main.command()
+@_config_option
+@_json_option
+@click.option("--url", help="The agent's HTTP listener; by default where ListenAddr says.")
+def status(*, config: str | None, as_json: bool, url: str | None) -> None:
+    """Ask the running agent how things stand."""
+    with _told():
+        state = _ask(url or _default_url(config))
+        if as_json:
+            click.echo(json.dumps(state, indent=1, ensure_ascii=False))
+        else:
+            _show_state(state)
+        sys.exit(OK if state.get("ready") else NEGATIVE)
+
+
+def _default_url(config: str | None) -> str:
+    from agent.config import stores
+    from agent.http import parse_listen
+
+    host, port = parse_listen(stores.load(config).settings.listen_addr)
+    host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host  # noqa: S104 - compared
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _ask(url: str) -> dict[str, Any]:
+    import requests
+
+    place = f"{url.rstrip('/')}/api/state"
+    try:
+        session = requests.Session()
+        session.trust_env = False
+        answer = session.get(place, timeout=10)
+        answer.raise_for_status()
+        state: dict[str, Any] = answer.json()
+    except (requests.RequestException, ValueError) as error:
+        click.echo(
+            f"tidegate: no agent answers at {place}: {error.__class__.__name__}; "
+            "is it running (`tidegate run`), and is --url right?",
+            err=True,
+        )
+        sys.exit(UNREACHABLE)
+    return state
+
+
+def _show_state(state: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=200)  # nobody reads a pipe in 80 columns
+    ready = "ready" if state["ready"] else "not ready: " + "; ".join(state["reasons"])
+    console.print(
+        f"tidegate {state['version']}, settings from {state['settings_from']}", markup=False
+    )
+    console.print(ready, style="green" if state["ready"] else "red", markup=False)
+    if state["waiting_for"]:
+        console.print("waiting for: " + ", ".join(state["waiting_for"]), markup=False)
+    _table(
+        console,
+        "Sources",
+        ("source", "mode", "age", "events", "remark"),
+        [
+            (
+                s["name"],
+                s["mode"],
+                _seconds(s["age_seconds"]),
+                str(s["events"]),
+                s["error"] or s["mode_reason"],
+            )
+            for s in state["sources"]
+        ],
+    )
+    _table(
+        console,
+        "OpenResty",
+        ("instance", "state", "revision", "generation", "address", "error"),
+        [
+            (i["name"], i["state"], str(i["revision"]), i["generation"][:12], i["url"], i["error"])
+            for i in state["instances"]
+        ],
+    )
+    _table(
+        console,
+        "Upstreams",
+        ("upstream", "up", "draining", "peers"),
+        [
+            (
+                u["name"],
+                str(sum(p["state"] == "up" for p in u["peers"])),
+                str(sum(p["state"] == "draining" for p in u["peers"])),
+                _few([f"{p['address']}:{p['port']}" for p in u["peers"]]),
+            )
+            for u in state["upstreams"]
+        ],
+    )
+    _table(
+        console,
+        "Rejections",
+        ("subject", "reason", "what is wrong", "cure"),
+        [(r["subject"], r["reason"], r["message"], r["hint"]) for r in state["rejections"]],
+    )
+
+
+def _table(console: Any, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    if not rows:
+        console.print(f"\n{title}: none", markup=False)
+        return
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console.print()
+    console.print(table)
+
+
+def _seconds(age: float | None) -> str:
+    return "never" if age is None else f"{age:.1f} s"
+
+
+def _few(items: Sequence[str]) -> str:
+    return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
+
+
+@main.command()
+@_config_option
+@_json_option
+def plan(*, config: str | None, as_json: bool) -> None:
+    """Show what would be pushed and rendered now, and whether it needs a reload. Only asks."""
+    with _told():
+        loaded = _load(config)
+
+        from agent.controller import SiteRenderer
+        from agent.driver.openresty import connector
+        from agent.driver.targets import targets
+        from agent.plan import plan as make
+
+        settings = loaded.settings
+        snapshot, desired = _compiled(settings)
+        proxies = [p for source in snapshot.sources.values() for p in source.proxies]
+        plans = make(
+            desired,
+            targets(proxies, settings.openresty),
+            connect=connector(settings.openresty),
+            renderer=SiteRenderer(settings),
+        )
+        if as_json:
+            click.echo(
+                json.dumps(
+                    {
+                        "hosts": [host.name for host in desired.site.hosts],
+                        "upstreams": sorted(desired.membership.upstreams),
+                        "rejections": [
+                            {
+                                "subject": r.subject,
+                                "reason": r.reason,
+                                "message": r.message,
+                                "hint": r.hint,
+                            }
+                            for r in desired.rejections
+                        ],
+                        "instances": [item.as_dict() for item in plans],
+                    },
+                    indent=1,
+                    ensure_ascii=False,
+                )
+            )
+        else:
+            _show_plan(desired, plans)
+        sys.exit(UNREACHABLE if any(item.error for item in plans) else OK)
+
+
+def _show_plan(desired: Desired, plans: Sequence[Any]) -> None:
+    click.echo(
+        f"{len(desired.site.hosts)} hosts, {len(desired.membership.upstreams)} upstreams, "
+        f"{len(desired.rejections)} rejections"
+    )
+    if not plans:
+        click.echo("no OpenResty instance is known: nothing would be pushed")
+    for item in plans:
+        click.echo(f"\nOpenResty {item.name} at {item.url}")
+        if item.error:
+            click.echo(f"  cannot be asked: {item.error}")
+            continue
+        if not item.changes:
+            click.echo(
+                f"  nothing to do: revision {item.revision}, generation {item.generation[:12]}"
+            )
+            continue
+        if item.upstreams:
+            click.echo(f"  membership, over revision {item.revision} (no reload):")
+        for change in item.upstreams:
+            click.echo(f"    {change.name} {change.change}")
+            for line in change.lines:
+                click.echo(f"      {line}")
+        if item.reload:
+            click.echo(
+                f"  site: {len(item.files)} files, generation {item.generation[:12] or 'none'} -> "
+                f"{item.new_generation[:12]}: a reload is needed"
+            )
+        else:
+            click.echo("  site: unchanged, no reload")
+    for rejection in desired.rejections:
+        click.echo(f"\nrejected: {rejection.subject}: {rejection.message} ({rejection.reason})")
+        click.echo(f"  {rejection.hint}")
+
+
+def _compiled(settings: Settings) -> tuple[Snapshot, Desired]:
+    """Read every source once and compile. Raises DiscoveryError or SettingsError."""
+    from agent.compile import compile_snapshot
+    from agent.discovery import build_sources
+    from agent.model import Snapshot
+
+    seen = [source.read_once() for source in build_sources(settings)]
+    snapshot = Snapshot(sources={item.source: item for item in seen})
+    return snapshot, compile_snapshot(snapshot, settings)
+
+
+@main.command()
+@click.argument("name")
+@_config_option
+@_json_option
+def explain(*, name: str, config: str | None, as_json: bool) -> None:
+    """Tell each step from label to peer for NAME (a host, service, container or task)."""
+    with _told():
+        loaded = _load(config)
+
+        from agent.explain import Outcome
+        from agent.explain import explain as make
+
+        snapshot, desired = _compiled(loaded.settings)
+        answer = make(snapshot, loaded.settings, desired, name)
+        if as_json:
+            click.echo(json.dumps(answer.as_dict(), indent=1, ensure_ascii=False))
+            sys.exit(OK if answer.routed else NEGATIVE)
+        marks = {
+            Outcome.OK: ("+", "green"),
+            Outcome.FAILED: ("x", "red"),
+            Outcome.NOTE: ("-", None),
+        }
+        for account in answer.accounts:
+            verdict = "routed" if account.routed else "not routed"
+            click.echo(f"{account.kind} {account.name}: {verdict}")
+            for step in account.steps:
+                mark, colour = marks[step.outcome]
+                click.echo(f"  {click.style(mark, fg=colour)} {step.text}")
+                if step.hint:
+                    click.echo(f"      {step.hint}")
+        if not answer.found:
+            click.echo(f"nothing is called {answer.query}")
+        if answer.suggestions:
+            click.echo("did you mean: " + ", ".join(answer.suggestions))
+        sys.exit(OK if answer.routed else NEGATIVE)
+
+
+@main.command()
+def version() -> None:
+    """Show the version."""
+    _print_version(click.get_current_context())
+
+
+if __name__ == "__main__":
+    main(prog_name="tidegate")

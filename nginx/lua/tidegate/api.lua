@@ -1,0 +1,469 @@
+--- The admin API: docs/admin-api.md, call by call.
+--
+-- Why: the one place that knows HTTP. It authenticates, reads and checks; what is to be done is
+-- the business of `store`, `lease` and `site`.
+
+local codec = require "tidegate.codec"
+local json = require "tidegate.json"
+local lease = require "tidegate.lease"
+local metrics = require "tidegate.metrics"
+local persist = require "tidegate.persist"
+local posix = require "tidegate.posix"
+local probe = require "tidegate.probe"
+local process = require "ngx.process"
+local site = require "tidegate.site"
+local store = require "tidegate.store"
+local wire = require "tidegate.wire"
+
+local ctl = ngx.shared.tidegate_ctl
+
+local bit = require "bit"
+local bor, bxor = bit.bor, bit.bxor
+local byte = string.byte
+local find = string.find
+local floor = math.floor
+local gsub = string.gsub
+local ipairs = ipairs
+local match = string.match
+local ngx = ngx
+local now = ngx.now
+local pairs = pairs
+local sub = string.sub
+local tostring = tostring
+local type = type
+
+local BUSY_PAUSE = 1
+local TOKEN_AGE = 5     -- seconds after which the token's file is read again
+
+local WRITER_RULE = "expected 1 to 128 printable ASCII characters"
+
+local _M = {}
+
+local settings          -- {token, token_file, version}
+local token_read_at = 0
+
+
+--- Sets what does not change while a configuration is in force.
+-- @param options `{token, token_file, version}`; no token and no file: no authentication
+function _M.configure(options)
+    settings = options
+end
+
+
+-- Answers; what refuses a call returns this, so that its caller gets nil.
+local function send(status, value)
+    local text = json.encode(value)
+    ngx.status = status
+    ngx.header["Content-Type"] = "application/json"
+    ngx.header["Content-Length"] = #text + 1
+    ngx.print(text, "\n")
+    return nil
+end
+
+
+local function refuse(status, code, message, more)
+    local value = { error = code, message = message }
+    for key, item in pairs(more or {}) do
+        value[key] = item
+    end
+    return send(status, value)
+end
+
+
+local function busy()
+    ngx.header["Retry-After"] = BUSY_PAUSE
+    return refuse(503, "busy", "another change is being applied; try again")
+end
+
+
+-- Reads the token's file again once in a while, so that a new secret needs no restart.
+local function expected_token()
+    if settings.token_file and now() - token_read_at > TOKEN_AGE then
+        token_read_at = now()
+        local text = posix.read(settings.token_file)
+        text = text and gsub(text, "%s+$", "")
+        if text and text ~= "" then
+            settings.token = text
+        end
+    end
+    return settings.token
+end
+
+
+-- Compares in a time that depends on the length of what was sent alone.
+local function equal(sent, expected)
+    local difference = bxor(#sent, #expected)
+    for index = 1, #sent do
+        difference = bor(difference, bxor(byte(sent, index),
+                                          byte(expected, (index - 1) % #expected + 1)))
+    end
+    return difference == 0
+end
+
+
+local function authorized()
+    local expected = expected_token()
+    if not expected then
+        return true
+    end
+    local header = ngx.req.get_headers()["authorization"]
+    local sent = type(header) == "string" and match(header, "^[Bb]earer +(.+)$")
+    return sent ~= nil and sent ~= false and equal(sent, expected)
+end
+
+
+-- The body as a JSON object; answers and gives nil where it is none.
+local function read_object()
+    ngx.req.read_body()
+    local text = ngx.req.get_body_data()
+    if not text then
+        local file = ngx.req.get_body_file()
+        text = file and posix.read(file) or ""
+    end
+    local value, err = json.decode(text)
+    if type(value) ~= "table" or #value > 0 or not find(text, "^%s*{") then
+        return refuse(400, "bad_json", "the body is not a JSON object: "
+                      .. (err or "it is " .. (type(value) == "table" and "a list" or type(value))))
+    end
+    return value
+end
+
+
+local function invalid(errors)
+    local list = json.array(errors)
+    local first = list[1]
+    local message = #list == 1 and "1 fault" or #list .. " faults"
+    if first then
+        message = message .. "; the first: "
+            .. (first.upstream and "upstream " .. tostring(first.upstream) .. ": " or "")
+            .. first.field .. " " .. first.message
+    end
+    return refuse(422, "invalid", message, { errors = list })
+end
+
+
+-- Takes the lease for the writer of a push; answers and gives nil where that fails.
+local function take_lease(writer)
+    if not wire.is_writer(writer) then
+        return invalid({ { field = "writer", message = WRITER_RULE } })
+    end
+    local expires_in, holder, left = lease.take(writer)
+    if not expires_in then
+        return refuse(423, "lease_held", "writer " .. holder .. " holds the lease",
+                      { writer = holder, expires_in = left })
+    end
+    return expires_in
+end
+
+
+local function get_status()
+    local summary = store.summary()
+    local writer, expires_in = lease.holder()
+    local version = ngx.config.nginx_version
+    local lua = ngx.config.ngx_lua_version
+    return send(200, {
+        instance = ctl:get("instance"),
+        revision = summary.revision,
+        generation = site.generation(),
+        writer = writer,
+        lease_expires_in = expires_in,
+        upstreams = summary.upstreams,
+        peers = summary.peers,
+        source = summary.source,
+        persisted_revision = ctl:get("persisted_revision") or 0,
+        dict = { capacity_bytes = summary.capacity, free_bytes = summary.free },
+        versions = {
+            tidegate = settings.version,
+            nginx = floor(version / 1000000) .. "." .. floor(version / 1000) % 1000 .. "."
+                .. version % 1000,
+            ngx_lua = floor(lua / 1000000) .. "." .. floor(lua / 1000) % 1000 .. "." .. lua % 1000,
+        },
+        nginx_version = version,
+        workers = ngx.worker.count(),
+        master_pid = process.get_master_pid(),
+        started_at = ctl:get("started_at"),
+    })
+end
+
+
+local function get_membership()
+    ngx.header["Content-Type"] = "application/json"
+    ngx.print('{"revision":', tostring(ctl:get("revision") or 0), ',"upstreams":{')
+    local names, first = {}, true
+    for index, name in ipairs(store.names()) do
+        names[index] = name
+    end
+    table.sort(names)
+    for _, name in ipairs(names) do
+        local blob = store.get(name)
+        if blob then
+            ngx.print(first and "" or ",", json.encode(name), ":",
+                      json.encode(wire.show_upstream(codec.decode(blob))))
+            first = false
+        end
+        store.breathe()
+    end
+    ngx.print("}}\n")
+end
+
+
+local function get_upstream(name)
+    local blob = store.get(name)
+    if not blob then
+        return refuse(404, "not_found", "there is no upstream " .. name)
+    end
+    return send(200, wire.show_upstream(codec.decode(blob)))
+end
+
+
+local function sorted(set)
+    local list = json.array()
+    for key in pairs(set) do
+        list[#list + 1] = key
+    end
+    table.sort(list)
+    return list
+end
+
+
+-- Both kinds of push; `full` is PUT.
+local function push_membership(full)
+    local body = read_object()
+    if not body or not take_lease(body.writer) then
+        return
+    end
+    local errors, unsupported, upsert, remove = {}, {}, {}, {}
+    if not wire.is_revision(body.revision) or body.revision == 0 then
+        errors[1] = { field = "revision", message = "expected a whole number above 0" }
+    end
+    if not full and not wire.is_revision(body.base_revision) then
+        errors[#errors + 1] = { field = "base_revision", message = "expected a whole number" }
+    end
+    local field = full and "upstreams" or "upsert"
+    local given = body[field]
+    if given == nil and not full then
+        given = {}
+    end
+    if type(given) ~= "table" then
+        errors[#errors + 1] = { field = field, message = "expected an object of upstreams" }
+        given = {}
+    end
+    for name, item in pairs(given) do
+        upsert[name] = wire.read_upstream(name, item, errors, unsupported)
+        store.breathe()
+        if #errors >= 100 then
+            break
+        end
+    end
+    if not full and body.remove ~= nil then
+        local names, err = wire.read_names(body.remove)
+        if not names then
+            errors[#errors + 1] = { field = "remove", message = err }
+        end
+        for _, name in ipairs(names or {}) do
+            if given[name] ~= nil then
+                errors[#errors + 1] = {
+                    upstream = name, field = "remove", message = "is in upsert too",
+                }
+            end
+        end
+        remove = names
+    end
+    if #errors > 0 then
+        return invalid(errors)
+    end
+
+    local result, refusal = store.apply({
+        writer = body.writer,
+        revision = body.revision,
+        base_revision = not full and body.base_revision or nil,
+        upsert = upsert,
+        remove = remove,
+    })
+    if not result then
+        if refusal.kind == "busy" then
+            return busy()
+        elseif refusal.kind == "revision" then
+            return refuse(409, "revision", "the current revision is " .. refusal.revision,
+                          { revision = refusal.revision })
+        end
+        return refuse(507, "dict_full", "the shared dict has no room for this push; raise "
+                      .. "TIDEGATE_DICT_SIZE", {
+            free_bytes = refusal.free_bytes, needed_bytes = refusal.needed_bytes,
+        })
+    end
+    for _, name in ipairs(result.changed) do
+        probe.start(name)
+    end
+    persist.schedule()
+    send(200, {
+        revision = result.revision,
+        upserted = result.upserted,
+        removed = result.removed,
+        unsupported = sorted(unsupported),
+    })
+    ngx.eof()
+    metrics.forget(result.removed_names)
+end
+
+
+local function put_site()
+    local body = read_object()
+    if not body or not take_lease(body.writer) then
+        return
+    end
+    local errors = {}
+    if type(body.generation) ~= "string" or #body.generation ~= 64
+            or not find(body.generation, "^[0-9a-f]+$") then
+        errors[1] = { field = "generation", message = "expected 64 lower-case hex digits" }
+    end
+    if type(body.files) ~= "table" then
+        errors[#errors + 1] = { field = "files", message = "expected an object of file texts" }
+    else
+        for name, text in pairs(body.files) do
+            local shown = tostring(name)
+            if type(name) ~= "string" or #name > 255
+                    or not find(name, "^[a-z0-9_][a-z0-9._-]*%.conf$") then
+                errors[#errors + 1] = {
+                    field = "files",
+                    message = "has the name " .. sub(shown, 1, 80)
+                        .. "; expected [a-z0-9_][a-z0-9._-]*.conf",
+                }
+            elseif type(text) ~= "string" or find(text, "%z") then
+                errors[#errors + 1] = { field = "files." .. shown, message = "expected text" }
+            end
+            if #errors >= 100 then
+                break
+            end
+        end
+    end
+    if #errors > 0 then
+        return invalid(errors)
+    end
+    local result, refusal = site.apply(body.generation, body.files)
+    if not result then
+        if refusal.kind == "busy" then
+            return busy()
+        end
+        return refuse(422, "site_refused", refusal.message, {
+            stage = refusal.stage, file = refusal.file, line = refusal.line,
+        })
+    end
+    return send(200, { generation = body.generation, reloaded = result == "reloaded" })
+end
+
+
+local function post_lease()
+    local body = read_object()
+    local expires_in = body and take_lease(body.writer)
+    if expires_in then
+        return send(200, { writer = body.writer, expires_in = expires_in })
+    end
+end
+
+
+local function delete_lease()
+    local body = read_object()
+    if not body then
+        return
+    end
+    if not wire.is_writer(body.writer) then
+        return invalid({ { field = "writer", message = WRITER_RULE } })
+    end
+    lease.release(body.writer)
+    return send(200, { writer = body.writer })
+end
+
+
+local function get_health()
+    return send(200, { status = "ok" })
+end
+
+
+local function get_ready()
+    local reason
+    if (ctl:get("revision") or 0) == 0 then
+        reason = "no membership has been pushed, and none was on disk"
+    elseif site.generation() == "" then
+        reason = "no site has been pushed, and none was on disk"
+    end
+    if reason then
+        return send(503, { status = "not ready", reason = reason })
+    end
+    return send(200, { status = "ready" })
+end
+
+
+local function get_metrics()
+    ngx.header["Content-Type"] = "text/plain; version=0.0.4; charset=utf-8"
+    metrics.print({
+        generation = site.generation(),
+        nginx = {
+            active = ngx.var.connections_active,
+            reading = ngx.var.connections_reading,
+            waiting = ngx.var.connections_waiting,
+            writing = ngx.var.connections_writing,
+        },
+    })
+end
+
+
+local OPEN_PATHS = {
+    ["/healthz"] = { GET = get_health },
+    ["/readyz"] = { GET = get_ready },
+    ["/metrics"] = { GET = get_metrics },
+}
+local PATHS = {
+    ["/v1/status"] = { GET = get_status },
+    ["/v1/membership"] = {
+        GET = get_membership,
+        PATCH = function() return push_membership(false) end,
+        PUT = function() return push_membership(true) end,
+    },
+    ["/v1/site"] = { PUT = put_site },
+    ["/v1/lease"] = { POST = post_lease, DELETE = delete_lease },
+}
+local UPSTREAM_PREFIX = "/v1/membership/"
+
+
+--- Body of `content_by_lua` of the admin listener.
+function _M.handle()
+    local path = match(ngx.var.request_uri, "^[^?]*")
+    local calls, argument = OPEN_PATHS[path], nil
+    if not calls then
+        if not authorized() then
+            ngx.header["WWW-Authenticate"] = "Bearer"
+            return refuse(401, "unauthorized", "the bearer token is missing or wrong")
+        end
+        calls = PATHS[path]
+        if not calls and sub(path, 1, #UPSTREAM_PREFIX) == UPSTREAM_PREFIX
+                and #path > #UPSTREAM_PREFIX then
+            argument = ngx.unescape_uri(gsub(sub(path, #UPSTREAM_PREFIX + 1), "%+", "%%2B"))
+            calls = { GET = get_upstream }
+        end
+    end
+    if not calls then
+        return refuse(404, "not_found", "there is no " .. path)
+    end
+    local method = ngx.req.get_method()
+    local call = calls[method] or method == "HEAD" and calls.GET
+    if not call then
+        local allowed = {}
+        for name in pairs(calls) do
+            allowed[#allowed + 1] = name
+        end
+        table.sort(allowed)
+        ngx.header["Allow"] = table.concat(allowed, ", ")
+        return refuse(405, "method_not_allowed", path .. " takes " .. table.concat(allowed, ", "))
+    end
+    return call(argument)
+end
+
+
+--- Answers for nginx where it refused a body for its size.
+function _M.too_large()
+    return refuse(413, "too_large", "the body is larger than 64 MiB")
+end
+
+
+return _M

@@ -1,0 +1,1 @@
+"""Tests of the OpenResty side against a real nginx on loopback."""

@@ -1,0 +1,619 @@
+"""Starts the OpenResty side on loopback, with toy backends and a client for its admin API.
+
+Why: tests, benchmarks and the demo all need the real thing with directories of its own. It goes
+through `nginx/entrypoint.sh`, as the image does. Nothing here asserts anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+ROOT = Path(__file__).resolve().parents[2]
+ENTRYPOINT = ROOT / "nginx" / "entrypoint.sh"
+WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+
+T = TypeVar("T")
+
+
+_GIVEN: set[int] = set()
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on, never the same twice.
+
+    It is below those that the kernel gives to outgoing connections, so none of these takes it
+    before it is used; and like the proxy it looks at all addresses.
+    """
+    for port in random.sample(range(15000, 32000), 17000):
+        if port in _GIVEN:
+            continue
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+        _GIVEN.add(port)
+        return port
+    raise RuntimeError("no free port")
+
+
+def wait_until(check: Callable[[], T], *, timeout: float = 10.0, what: str = "condition") -> T:
+    """Calls `check` until what it returns is true, and returns that.
+
+    Raises:
+        TimeoutError: it has not become true within `timeout` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        result = check()
+        if result:
+            return result
+        if time.monotonic() >= deadline:
+            raise TimeoutError(f"{what}: not within {timeout:g} s; last: {result!r}")
+        time.sleep(0.01)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An HTTP response, read to its end."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        """The body as text."""
+        return self.body.decode()
+
+    def json(self) -> Any:
+        """The body as JSON."""
+        return json.loads(self.body)
+
+
+def request(
+    port: int,
+    path: str = "/",
+    *,
+    host: str = "a.test",
+    method: str = "GET",
+    body: bytes | None = None,
+    headers: Mapping[str, str] | None = None,
+    timeout: float = 30.0,
+) -> Answer:
+    """One request on a connection of its own."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+    try:
+        connection.request(method, path, body=body, headers={"Host": host, **(headers or {})})
+        response = connection.getresponse()
+        lower = {name.lower(): value for name, value in response.getheaders()}
+        return Answer(response.status, lower, response.read())
+    finally:
+        connection.close()
+
+
+class Admin:
+    """The admin API, as plain as it is: each call gives the answer, whatever its status."""
+
+    def __init__(self, port: int, *, token: str = "", writer: str = "test") -> None:
+        self.port = port
+        self.token = token
+        self.writer = writer
+        self.revision = 0
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        *,
+        raw: bytes | None = None,
+        token: str | None = None,
+    ) -> Answer:
+        """One call; `raw` is sent as it is, `body` as JSON."""
+        data = raw if raw is not None else None if body is None else json.dumps(body).encode()
+        token = self.token if token is None else token
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        return request(
+            self.port, path, host="admin", method=method, body=data, headers=headers, timeout=60
+        )
+
+    def status(self) -> dict[str, Any]:
+        """`GET /v1/status`."""
+        answer: dict[str, Any] = self.call("GET", "/v1/status").json()
+        return answer
+
+    def put(self, upstreams: Mapping[str, object]) -> Answer:
+        """Full membership under the next revision."""
+        self.revision = max(self.revision, self.status()["revision"]) + 1
+        body = {"writer": self.writer, "revision": self.revision, "upstreams": upstreams}
+        return self.call("PUT", "/v1/membership", body)
+
+    def patch(
+        self, upsert: Mapping[str, object] | None = None, remove: Iterable[str] = ()
+    ) -> Answer:
+        """Delta on what this client pushed last, under the next revision."""
+        base = self.revision
+        body = {
+            "writer": self.writer,
+            "base_revision": base,
+            "revision": base + 1,
+            "upsert": upsert or {},
+            "remove": list(remove),
+        }
+        answer = self.call("PATCH", "/v1/membership", body)
+        if answer.status == 200:
+            self.revision = base + 1
+        return answer
+
+    def live(self, upstream: str) -> dict[str, str]:
+        """Live state by peer id."""
+        answer = self.call("GET", "/v1/membership/" + upstream.replace("/", "%2F")).json()
+        return {peer["id"]: peer["live"]["state"] for peer in answer["peers"]}
+
+    def site(self, files: Mapping[str, str]) -> Answer:
+        """Pushes a site, with the hash of its files as generation."""
+        return self.call(
+            "PUT",
+            "/v1/site",
+            {"writer": self.writer, "generation": generation_of(files), "files": files},
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """`GET /metrics`: value by series (`name{labels}`)."""
+        text = self.call("GET", "/metrics", token="").text
+        lines = (line for line in text.splitlines() if line and not line.startswith("#"))
+        return {series: float(value) for series, value in (line.rsplit(" ", 1) for line in lines)}
+
+
+def generation_of(files: Mapping[str, str]) -> str:
+    """A generation for `files`."""
+    return hashlib.sha256(json.dumps(dict(files), sort_keys=True).encode()).hexdigest()
+
+
+class Proxy:
+    """One OpenResty side with its own directories and ports.
+
+    Args:
+        directory: where its run and state directories go.
+        env: further settings of the entry point.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        workers: int = 2,
+        token: str = "",
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self.directory = directory
+        self.http_port = free_port()
+        self.admin_port = free_port()
+        self.run_dir = directory / "run"
+        self.state_dir = directory / "state"
+        self.log = directory / "log"
+        self.admin = Admin(self.admin_port, token=token)
+        self.env = {
+            "TIDEGATE_RUN_DIR": str(self.run_dir),
+            "TIDEGATE_STATE_DIR": str(self.state_dir),
+            "TIDEGATE_CONF_DIR": str(directory / "conf.d"),
+            "TIDEGATE_ADMIN_LISTEN": f"127.0.0.1:{self.admin_port}",
+            "TIDEGATE_ADMIN_TOKEN": token,
+            "TIDEGATE_HTTP_PORT": str(self.http_port),
+            "TIDEGATE_WORKERS": str(workers),
+            **(env or {}),
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def launch(self) -> subprocess.Popen[bytes]:
+        """Starts it without waiting until it answers."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                ["sh", str(ENTRYPOINT)],
+                env={**os.environ, **self.env},
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        return self._process
+
+    def start(self) -> None:
+        """Starts it, and returns when its workers answer.
+
+        Raises:
+            RuntimeError: it ended instead; with what it said.
+        """
+        process = self.launch()
+
+        def answers() -> bool:
+            if process.poll() is not None:
+                raise RuntimeError(f"entrypoint.sh ended with {process.returncode}: {self.output}")
+            try:
+                return request(self.admin_port, "/healthz").status == 200
+            except OSError:
+                return False
+
+        wait_until(answers, what="proxy answers")
+
+    @property
+    def output(self) -> str:
+        """All that it has logged."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    @property
+    def pid(self) -> int:
+        """Process id of the master."""
+        assert self._process is not None
+        return self._process.pid
+
+    def workers(self) -> set[int]:
+        """Process ids of the workers, also of those that are shutting down."""
+        path = Path(f"/proc/{self.pid}/task/{self.pid}/children")
+        return {int(pid) for pid in path.read_text().split()}
+
+    def stop(self, *, how: signal.Signals = signal.SIGTERM, timeout: float = 20.0) -> None:
+        """Stops it (SIGQUIT: after requests under way) if it runs; `start` starts it again."""
+        if self._process is None:
+            return
+        if self._process.poll() is None:
+            self._process.send_signal(how)
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            # Its own session: nothing but this nginx is in the group.
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait(timeout)
+            raise
+        finally:
+            self._process = None
+
+
+def site(
+    port: int,
+    hosts: Mapping[str, Mapping[str, str]],
+    *,
+    retries: str = "error timeout",
+    http: str = "",
+    server: str = "",
+) -> dict[str, str]:
+    """Files of a plain site.
+
+    Args:
+        hosts: upstream by location by host name; a location that ends in `!` takes its path off.
+        http, server: further directives at these levels.
+    """
+    retry = "off" if retries == "off" else "on"
+    files = {
+        "00-default.conf": f"""
+proxy_next_upstream {retries};
+proxy_connect_timeout 1s;
+client_max_body_size 64m;
+map $host $tidegate_retry {{ default {retry}; }}
+{http}
+server {{ listen {port} default_server; server_name _; return 503; }}
+"""
+    }
+    for host, locations in hosts.items():
+        blocks = ""
+        for path, upstream in locations.items():
+            plain = path.removesuffix("!")
+            strip = f'set $tidegate_strip "{plain.rstrip("/")}";' if plain != path else ""
+            uri = "/" if plain != path else ""
+            blocks += f"""
+    location {plain} {{
+        set $tidegate_upstream "{upstream}";
+        {strip}
+        include conf.d/proxy.inc;
+        proxy_pass http://tidegate{uri};
+    }}"""
+        files[f"{host.replace('*', '_wildcard')}.conf"] = f"""
+server {{
+    listen {port};
+    server_name {host};
+    include conf.d/server.inc;
+    {server}
+{blocks}
+}}
+"""
+    return files
+
+
+def upstream(*peers: Mapping[str, object], hold: float = 0.0) -> dict[str, object]:
+    """An upstream as it goes over the wire."""
+    return {"policy": {"algorithm": "round_robin"}, "hold": hold, "peers": list(peers)}
+
+
+def peer(
+    port: int,
+    *,
+    id: str = "",  # noqa: A002 - the API's word
+    address: str = "127.0.0.1",
+    weight: int = 1,
+    state: str = "up",
+) -> dict[str, object]:
+    """A peer as it goes over the wire."""
+    return {
+        "id": id or f"peer-{port}",
+        "address": address,
+        "port": port,
+        "weight": weight,
+        "state": state,
+    }
+
+
+class _Loop:
+    """An asyncio loop in a thread, for all toy backends of a process."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(30)
+
+
+_LOOP = _Loop()
+
+
+@dataclass(slots=True)
+class Seen:
+    """A request as a backend got it."""
+
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    body: bytes
+
+
+@dataclass
+class Backend:
+    """A toy application: answers with its name.
+
+    Paths: `/sleep/SECONDS` answers late; `/echo` answers with the body; `/reset` reads the request
+    and closes without an answer; an `Upgrade: websocket` is accepted and each message echoed.
+    """
+
+    name: str = "backend"
+    address: str = "127.0.0.1"
+    port: int = 0
+    requests: list[Seen] = field(default_factory=list)
+    connections: int = 0
+    _server: asyncio.Server | None = None
+    _writers: set[asyncio.StreamWriter] = field(default_factory=set)
+
+    def __enter__(self) -> Self:
+        self.listen()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.kill()
+
+    def listen(self) -> None:
+        """Listens, at the port it had before if any."""
+        self._server = _LOOP.run(
+            asyncio.start_server(self._serve, self.address, self.port, backlog=1024)
+        )
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    def kill(self) -> None:
+        """Closes everything at once, as a killed process does."""
+
+        async def close() -> None:
+            if self._server is not None:
+                self._server.close()
+                self._server = None
+            for writer in list(self._writers):
+                writer.transport.abort()
+
+        _LOOP.run(close())
+
+    def peer(self, **more: Any) -> dict[str, object]:
+        """This backend as a peer on the wire; its id is its name."""
+        return peer(self.port, **{"id": self.name, "address": self.address, **more})
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        self.connections += 1
+        try:
+            while await self._one(reader, writer):
+                pass
+        except (OSError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            self._writers.discard(writer)
+            writer.close()
+
+    async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        head = await reader.readuntil(b"\r\n\r\n")
+        first, *lines = head.decode("latin-1").split("\r\n")
+        method, path, _ = first.split(" ")
+        pairs = (line.split(": ", 1) for line in lines if line)
+        headers = {name.lower(): value for name, value in pairs}
+        body = await reader.readexactly(int(headers.get("content-length", "0")))
+        self.requests.append(Seen(method, path, headers, body))
+        if headers.get("upgrade") == "websocket":
+            await self._websocket(headers, reader, writer)
+            return False
+        if path.startswith("/reset"):
+            return False
+        if path.startswith("/sleep/"):
+            await asyncio.sleep(float(path.split("/")[2]))
+        text = body if path.startswith("/echo") else self.name.encode()
+        writer.write(
+            b"HTTP/1.1 200 OK\r\nX-Backend: %s\r\nContent-Length: %d\r\n\r\n"
+            % (self.name.encode(), len(text))
+            + (b"" if method == "HEAD" else text)
+        )
+        await writer.drain()
+        return True
+
+    async def _websocket(
+        self,
+        headers: Mapping[str, str],
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        key = headers["sec-websocket-key"] + WEBSOCKET_GUID
+        accept = base64.b64encode(hashlib.sha1(key.encode()).digest()).decode()
+        writer.write(
+            b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            + f"Sec-WebSocket-Accept: {accept}\r\n\r\n".encode()
+        )
+        while True:
+            start = await reader.readexactly(2)
+            length = start[1] & 0x7F
+            mask = await reader.readexactly(4)
+            data = await reader.readexactly(length)
+            if start[0] & 0x0F == 8:
+                return
+            text = bytes(byte ^ mask[i % 4] for i, byte in enumerate(data))
+            writer.write(bytes([0x81, len(text)]) + text)
+            await writer.drain()
+
+
+@contextlib.contextmanager
+def backends(count: int) -> Iterator[list[Backend]]:
+    """That many backends, named `b0`, `b1` …"""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(Backend(f"b{index}")) for index in range(count)]
+
+
+class Load:
+    """Sends requests from several keep-alive connections until it is stopped; no retries.
+
+    `results` counts statuses, and errors by their class name; `names` counts the backends that
+    answered.
+    """
+
+    def __init__(
+        self,
+        port: int,
+        path: str = "/",
+        *,
+        host: str = "a.test",
+        connections: int = 8,
+        keep_alive: bool = True,
+        pause: float = 0.0,
+    ) -> None:
+        self.results: Counter[str] = Counter()
+        self.names: Counter[str] = Counter()
+        self._port = port
+        self._head = (
+            f"GET {path} HTTP/1.1\r\nHost: {host}\r\n"
+            f"Connection: {'keep-alive' if keep_alive else 'close'}\r\n\r\n"
+        ).encode()
+        self._keep_alive = keep_alive
+        self._pause = pause
+        self._connections = connections
+        self._stopped = False
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def __enter__(self) -> Self:
+        async def start() -> None:
+            self._tasks = [asyncio.create_task(self._run()) for _ in range(self._connections)]
+
+        _LOOP.run(start())
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Stops after the requests under way."""
+
+        async def join() -> None:
+            await asyncio.gather(*self._tasks)
+
+        self._stopped = True
+        _LOOP.run(join())
+
+    @property
+    def total(self) -> int:
+        """Requests ended so far."""
+        return sum(self.results.values())
+
+    @property
+    def failed(self) -> dict[str, int]:
+        """All that was no 200."""
+        return {what: count for what, count in self.results.items() if what != "200"}
+
+    async def _run(self) -> None:
+        reader: asyncio.StreamReader | None = None
+        writer: asyncio.StreamWriter | None = None
+        while not self._stopped:
+            try:
+                if reader is None or writer is None:
+                    reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
+                writer.write(self._head)
+                head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30)).lower()
+                length = head.partition(b"content-length: ")[2].partition(b"\r\n")[0]
+                await reader.readexactly(int(length or 0))
+                self.results[head[9:12].decode()] += 1
+                name = head.partition(b"x-backend: ")[2].partition(b"\r\n")[0].decode()
+                if name:
+                    self.names[name] += 1
+                closed = not self._keep_alive or b"connection: close" in head
+            except (OSError, EOFError, asyncio.IncompleteReadError, TimeoutError) as error:
+                self.results[type(error).__name__] += 1
+                closed = True
+            if closed and writer is not None:
+                writer.close()
+                reader = writer = None
+            if self._pause:
+                await asyncio.sleep(self._pause)
+        if writer is not None:
+            writer.close()
+
+
+def nginx_is_installed() -> bool:
+    """Whether this machine has nginx with Lua, or OpenResty."""
+    return bool(
+        shutil.which("openresty")
+        or Path("/usr/local/openresty/bin/openresty").exists()
+        or Path("/usr/lib/nginx/modules/ngx_http_lua_module.so").exists()
+    )

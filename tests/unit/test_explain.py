@@ -1,0 +1,167 @@
+"""`explain` names each step and what stopped it, in the words of whoever decided."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from clusters import check_golden, instance, labels, service, settings, snapshot
+
+from agent.compile import Compiler, compile_snapshot
+from agent.config.settings import Settings
+from agent.explain import MAX_SUBJECTS, Explanation, Outcome, explain
+from agent.model import InstanceState, Workload
+
+DEFAULTS = settings()
+CERTIFICATE = labels(ssl="", ssl_cert="a.pem", ssl_cert_key="a.key")
+
+
+def cluster() -> list[Workload]:
+    return [
+        service(
+            "shop_web",
+            labels(hostname="shop", domain="example.com", alias_domain="www.example.com"),
+            instance("4hz2web1aaaa", "10.0.1.1"),
+            instance(
+                "4hz2web2bbbb",
+                "10.0.1.2",
+                InstanceState.DRAINING,
+                detail="desired state is shutdown",
+            ),
+            instance("7kweb3cccc", "", InstanceState.WAITING, detail="the task is starting"),
+            instance("8kweb4dddd", ""),
+            wanted=4,
+        ),
+        service(
+            "shop_late",
+            labels(hostname="shop", domain="example.com") | CERTIFICATE,
+            instance("9klate1", "10.0.2.1"),
+            created=2.0,
+        ),
+        service("db", {}, instance("db1")),
+        service("lost", labels(hostname="lost"), instance("lost1"), networks=("elsewhere",)),
+        service("asleep", labels(hostname="asleep"), wanted=0),
+        service("wild", labels(hostname="*", domain="dev.example.com"), instance("wild1")),
+        service("typo", labels(hostnme="typo")),
+    ]
+
+
+def ask(name: str, *workloads: Workload, options: Settings = DEFAULTS) -> Explanation:
+    seen = snapshot(*(workloads or cluster()))
+    return explain(seen, options, compile_snapshot(seen, options), name)
+
+
+def failed(explanation: Explanation) -> list[str]:
+    return [
+        step.text
+        for account in explanation.accounts
+        for step in account.steps
+        if step.outcome is Outcome.FAILED
+    ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["shop_web", "shop_late", "shop.example.com", "www.example.com", "lost", "8kweb4dddd", "typo"],
+)
+def test_golden_explanations(name):
+    told = ask(name).as_dict()
+    check_golden(f"explain/{name}.json", json.dumps(told, indent=2) + "\n")
+
+
+def test_a_routed_service_is_routed_from_label_to_peer():
+    told = ask("shop_web", service("shop_web", labels(hostname="a"), instance("t1")))
+    assert told.routed
+    assert failed(told) == []
+    texts = [step.text for step in told.accounts[0].steps]
+    assert any("ask for a.local" in text for text in texts)
+    assert any("network edge" in text and "port 80" in text for text in texts)
+    assert any("goes to upstream a.local/" in text for text in texts)
+    assert any("is up at 10.0.0.1:80" in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("shop_late", "conflict"),
+        ("lost", "network_not_shared"),
+        ("db", "no interlock labels"),
+        ("typo", "no_hostname"),
+        ("asleep", "0 of its peers are up"),
+        ("lost.local", "network_not_shared"),
+        ("8kweb4dddd-name", "no address on network edge"),
+    ],
+)
+def test_what_stopped_it_is_told(name, reason):
+    told = ask(name)
+    assert not told.routed
+    assert any(reason in text for text in failed(told)), failed(told)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "shop.example.com",
+        "SHOP.example.com.",
+        "https://shop.example.com/some/path?x=1",
+        "shop.example.com:8080",
+        " shop.example.com ",
+    ],
+)
+def test_a_host_is_found_as_people_type_it(name):
+    account = ask(name).accounts[0]
+    assert (account.kind, account.name, account.routed) == ("host", "shop.example.com", True)
+
+
+def test_a_host_that_a_wildcard_covers_is_found():
+    account = ask("feature-7.dev.example.com").accounts[0]
+    assert account.routed
+    assert "covered by *.dev.example.com" in account.steps[0].text
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("id-shop_web", ["shop_web"]),
+        ("shop_w", ["shop_web"]),
+        ("4hz2", ["4hz2web1aaaa-name", "4hz2web2bbbb-name"]),
+        ("7kweb3cccc", ["7kweb3cccc-name"]),
+        ("7kweb3cccc-name", ["7kweb3cccc-name"]),
+        ("shop_", ["shop_late", "shop_web"]),
+    ],
+)
+def test_names_ids_and_beginnings_are_found(name, found):
+    assert sorted(account.name for account in ask(name).accounts) == found
+
+
+def test_an_instance_is_told_of_without_its_siblings():
+    account = ask("4hz2web2bbbb").accounts[0]
+    assert (account.kind, account.routed) == ("instance", False)
+    assert "draining at 10.0.1.2:80" in account.steps[-1].text
+    assert not any("web1" in step.text for step in account.steps)
+
+
+def test_nothing_found_suggests_what_is_near():
+    told = ask("shop_wbe")
+    assert (told.found, told.routed) == (False, False)
+    assert "shop_web" in told.suggestions
+    assert ask("shop.exmaple.com").suggestions[0] == "shop.example.com"
+    assert ask("qqqqqqqq").suggestions == ()
+    assert ask("").accounts == ()
+
+
+def test_too_many_matches_are_listed():
+    many = [service(f"web-{n}", labels(hostname=f"h{n}")) for n in range(MAX_SUBJECTS + 1)]
+    told = ask("web-", *many)
+    assert told.accounts == ()
+    assert len(told.suggestions) == MAX_SUBJECTS + 1
+
+
+def test_a_lingering_host_is_told_of():
+    compiler = Compiler(clock=lambda: 0.0)
+    compiler.compile(snapshot(service("web", labels(hostname="a"), instance("t1"))), DEFAULTS)
+    desired = compiler.compile(snapshot(), DEFAULTS)
+    told = explain(snapshot(), DEFAULTS, desired, "a.local")
+    assert told.found
+    assert not told.routed
+    assert "get 503" in failed(told)[0]

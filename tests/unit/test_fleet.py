@@ -1,0 +1,553 @@
+"""Promises of the fleet: every instance ends up with what is desired, at the least cost."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from openresty_fake import (
+    CountingSink,
+    FakeOpenResty,
+    FakeRenderer,
+    desired,
+    eventually,
+    upstream,
+)
+
+from agent.driver.fleet import Fleet, InstanceState, Options
+from agent.driver.targets import Target
+from agent.errors import PushRefused, SiteRefused
+from agent.model import Desired, Membership
+
+FAST = Options(heartbeat=0.1, site_quiet=0.02, site_max_wait=0.2)
+
+
+class Rig:
+    """A fleet over fakes."""
+
+    def __init__(self, *servers: FakeOpenResty, writer: str = "agent-a", options=FAST) -> None:
+        self.servers = {server.name: server for server in servers}
+        self.sink = CountingSink()
+        self.renderer = FakeRenderer()
+        self.fleet = Fleet(
+            writer=writer,
+            connect=self.connect,
+            renderer=self.renderer,
+            options=options,
+            sink=self.sink,
+        )
+        self.present(*servers)
+
+    def connect(self, target: Target):
+        return self.servers[target.id].client()
+
+    def present(self, *servers: FakeOpenResty) -> None:
+        self.servers.update({server.name: server for server in servers})
+        self.fleet.set_instances(
+            tuple(Target(id=s.name, name=s.name, urls=(f"http://{s.name}",)) for s in servers)
+        )
+
+    def state(self, name: str = "nginx.1") -> InstanceState:
+        return next(view.state for view in self.fleet.views() if view.name == name)
+
+    def in_sync(self) -> bool:
+        return all(view.in_sync for view in self.fleet.views())
+
+
+@contextmanager
+def running(*servers: FakeOpenResty, **options) -> Iterator[Rig]:
+    rig = Rig(*servers, **options)
+    rig.fleet.start()
+    try:
+        yield rig
+    finally:
+        for server in servers:
+            server.site_takes.set()
+        rig.fleet.stop(5)
+    assert rig.sink.errors == []
+
+
+@pytest.fixture
+def nginx() -> FakeOpenResty:
+    return FakeOpenResty()
+
+
+def settle(rig: Rig, wanted: Desired) -> None:
+    rig.fleet.apply(wanted)
+    eventually(rig.in_sync)
+
+
+def test_a_fresh_instance_gets_everything_at_once_membership_before_site(nginx):
+    with running(nginx) as rig:
+        settle(rig, desired({"a.example.com": ("10.0.0.1",)}))
+    assert nginx.names()[:2] == ["status", "lease"] or nginx.names()[:2] == ["lease", "status"]
+    assert [n for n in nginx.names() if n in ("put", "site")] == ["put", "site"]
+    assert list(nginx.membership.upstreams) == ["a.example.com/"]
+    assert set(nginx.files) == {"00-ground.conf", "a.example.com.conf"}
+
+
+def test_a_peer_that_comes_costs_its_own_upstream_and_no_reload(nginx):
+    first = desired({"a": ("10.0.0.1",), "b": ("10.0.0.2",)})
+    second = desired({"a": ("10.0.0.1", "10.0.0.3"), "b": ("10.0.0.2",)}, keep=first)
+    with running(nginx) as rig:
+        settle(rig, first)
+        settle(rig, second)
+    assert ("patch", (["a/"], [])) in nginx.calls
+    assert nginx.pushes() == ["put", "patch"]
+    assert nginx.reloads == 1
+
+
+def test_a_change_is_measured_from_when_it_was_heard_of(nginx):
+    first = desired({"a": ("10.0.0.1",)})
+    with running(nginx) as rig:
+        settle(rig, first)
+        assert rig.sink.applies == []
+        rig.fleet.apply(desired({"a": ("10.0.0.2",)}, keep=first), time.monotonic() - 0.5)
+        eventually(rig.in_sync)
+    ((kind, seconds),) = rig.sink.applies
+    assert kind == "membership"
+    assert 0.5 <= seconds < 2
+
+
+def test_a_burst_coalesces_and_the_last_one_wins(nginx):
+    wanted = first = desired({"a": ("10.0.0.1",)})
+    with running(nginx) as rig:
+        settle(rig, first)
+        with nginx.lock:
+            for number in range(2, 202):
+                wanted = desired({"a": (f"10.0.0.{number}",)}, keep=wanted)
+                rig.fleet.apply(wanted)
+        eventually(rig.in_sync)
+    assert nginx.membership.upstreams["a/"].peers[0].address == "10.0.0.201"
+    assert len(nginx.pushes()) <= 4
+
+
+def test_an_agent_that_comes_back_changes_nothing_when_nothing_has_changed(nginx):
+    with running(nginx) as rig:
+        settle(rig, desired({"a": ("10.0.0.1",)}))
+    before = nginx.revision, nginx.generation
+    nginx.calls.clear()
+    with running(nginx, writer="agent-b") as rig:
+        settle(rig, desired({"a": ("10.0.0.1",)}))
+    assert nginx.pushes() == []
+    assert nginx.names("site") == []
+    assert (nginx.revision, nginx.generation) == before
+    assert nginx.reloads == 1
+
+
+def test_an_agent_that_comes_back_pushes_only_what_changed_meanwhile(nginx):
+    with running(nginx) as rig:
+        settle(rig, desired({"a": ("10.0.0.1",), "b": ("10.0.0.2",)}))
+    revision = nginx.revision
+    nginx.calls.clear()
+    with running(nginx, writer="agent-b") as rig:
+        settle(rig, desired({"a": ("10.0.0.1",), "b": ("10.0.0.9",)}))
+    assert [call for call in nginx.calls if call[0] in ("patch", "put")] == [
+        ("patch", (["b/"], []))
+    ]
+    assert nginx.revision > revision
+    assert nginx.reloads == 1
+
+
+def test_an_instance_that_restarted_empty_gets_everything_again(nginx):
+    with running(nginx) as rig:
+        settle(rig, desired({"a": ("10.0.0.1",)}))
+        nginx.restart(forget=True)
+        eventually(lambda: nginx.generation)
+        eventually(rig.in_sync)
+    assert nginx.pushes() == ["put", "put"]
+    assert list(nginx.membership.upstreams) == ["a/"]
+
+
+def test_an_instance_that_restarted_from_disk_is_compared_and_left_alone(nginx):
+    with running(nginx) as rig:
+        settle(rig, desired({"a": ("10.0.0.1",)}))
+        nginx.restart()
+        eventually(lambda: "membership" in nginx.names())
+        eventually(lambda: nginx.writer == "agent-a")
+        eventually(rig.in_sync)
+    assert nginx.pushes() == ["put"]
+    assert nginx.reloads == 1
+
+
+def test_drift_of_membership_is_found_by_the_heartbeat_and_mended(nginx):
+    with running(nginx) as rig:
+        settle(rig, desired({"a": ("10.0.0.1",)}))
+        with nginx.lock:
+            nginx.membership, nginx.revision = Membership({}), nginx.revision + 5
+        eventually(lambda: "a/" in nginx.membership.upstreams)
+
+
+def test_drift_of_the_site_is_found_by_the_heartbeat_and_mended(nginx):
+    with running(nginx) as rig:
+        settle(rig, desired({"a": ("10.0.0.1",)}))
+        good = nginx.generation
+        with nginx.lock:
+            nginx.generation = "f" * 64
+        eventually(lambda: nginx.generation == good)
+        eventually(rig.in_sync)
+
+
+def test_a_push_whose_answer_was_lost_is_not_done_twice(nginx):
+    first = desired({"a": ("10.0.0.1",)})
+    with running(nginx) as rig:
+        settle(rig, first)
+        nginx.lose_answers = 1
+        settle(rig, desired({"a": ("10.0.0.2",)}, keep=first))
+    assert nginx.pushes() == ["put", "patch"]
+
+
+def test_a_conflict_is_resolved_by_comparing(nginx):
+    first = desired({"a": ("10.0.0.1",)})
+    with running(nginx, options=Options(heartbeat=30, site_quiet=0.02)) as rig:
+        settle(rig, first)
+        with nginx.lock:
+            nginx.revision += 7
+            nginx.membership = Membership({"x/": upstream("x/", "10.9.9.9")})
+        settle(rig, desired({"a": ("10.0.0.2",)}, keep=first))
+    assert list(nginx.membership.upstreams) == ["a/"]
+    assert ("nginx.1", "delta", "conflict") in rig.sink.pushes
+
+
+def test_an_instance_that_is_away_is_waited_for_and_does_not_hold_up_the_others(nginx):
+    other = FakeOpenResty("nginx.2")
+    nginx.down = True
+    first = desired({"a": ("10.0.0.1",)})
+    with running(nginx, other) as rig:
+        rig.fleet.apply(first)
+        eventually(lambda: rig.state("nginx.2") is InstanceState.IN_SYNC)
+        assert eventually(lambda: rig.state("nginx.1")) is InstanceState.UNREACHABLE
+        nginx.down = False
+        eventually(rig.in_sync)
+    assert nginx.generation == other.generation
+
+
+def test_a_busy_instance_is_asked_again(nginx):
+    nginx.busy = 3
+    with running(nginx) as rig:
+        settle(rig, desired({"a": ("10.0.0.1",)}))
+    assert ("nginx.1", "full", "busy") in rig.sink.pushes
+
+
+def test_a_slow_site_does_not_hold_up_membership(nginx):
+    first = desired({"a": ("10.0.0.1",)})
+    second = desired({"a": ("10.0.0.1",), "b": ("10.0.0.2",)}, keep=first)
+    third = desired({"a": ("10.0.0.3",), "b": ("10.0.0.2",)}, keep=second)
+    with running(nginx) as rig:
+        settle(rig, first)
+        nginx.site_takes.clear()
+        rig.fleet.apply(second)
+        eventually(lambda: len(nginx.names("site")) == 2)
+        rig.fleet.apply(third)
+        eventually(lambda: nginx.membership.upstreams["a/"].peers[0].address == "10.0.0.3")
+        assert nginx.reloads == 1
+        nginx.site_takes.set()
+        eventually(rig.in_sync)
+    assert nginx.reloads == 2
+
+
+def test_an_upstream_goes_only_after_the_site_that_named_it(nginx):
+    first = desired({"a": ("10.0.0.1",), "b": ("10.0.0.2",)})
+    second = desired({"a": ("10.0.0.1",)}, keep=first)
+    with running(nginx) as rig:
+        settle(rig, first)
+        nginx.site_takes.clear()
+        rig.fleet.apply(second)
+        eventually(lambda: len(nginx.names("site")) == 2)
+        assert "b/" in nginx.membership.upstreams
+        nginx.site_takes.set()
+        eventually(lambda: "b/" not in nginx.membership.upstreams)
+    order = [call for call in nginx.calls if call[0] in ("site", "patch")]
+    assert order[-1] == ("patch", ([], ["b/"]))
+
+
+def test_a_retired_upstream_keeps_only_peers_that_still_live(nginx):
+    first = desired({"a": ("10.0.0.1", "10.0.0.2")})
+    moved = Membership({"z/": upstream("z/", "10.0.0.1")})
+    second = Desired(moved, desired({"z": ()}).site, ())
+    with running(nginx) as rig:
+        settle(rig, first)
+        nginx.site_takes.clear()
+        rig.fleet.apply(second)
+        eventually(lambda: len(nginx.names("site")) == 2)
+        kept = nginx.membership.upstreams["a/"].peers
+        nginx.site_takes.set()
+        eventually(lambda: list(nginx.membership.upstreams) == ["z/"])
+    assert [peer.address for peer in kept] == ["10.0.0.1"]
+
+
+def test_a_new_site_goes_to_one_instance_after_the_other(nginx):
+    other = FakeOpenResty("nginx.2")
+    first = desired({"a": ("10.0.0.1",)})
+    with running(nginx, other) as rig:
+        settle(rig, first)
+        nginx.site_takes.clear()
+        other.site_takes.clear()
+        rig.fleet.apply(desired({"a": ("10.0.0.1",), "b": ("10.0.0.2",)}, keep=first))
+        eventually(lambda: len(nginx.names("site")) + len(other.names("site")) == 3)
+        time.sleep(0.1)
+        assert len(nginx.names("site")) + len(other.names("site")) == 3
+        nginx.site_takes.set()
+        other.site_takes.set()
+        eventually(rig.in_sync)
+    assert (nginx.reloads, other.reloads) == (2, 2)
+
+
+def test_site_changes_coalesce_over_the_quiet_time(nginx):
+    wanted = first = desired({"a": ("10.0.0.1",)})
+    options = Options(heartbeat=0.1, site_quiet=0.15, site_max_wait=10)
+    with running(nginx, options=options) as rig:
+        settle(rig, first)
+        for number in range(10):
+            wanted = desired({"a": ("10.0.0.1",), f"b{number}": ()}, keep=wanted)
+            rig.fleet.apply(wanted)
+            time.sleep(0.02)
+        eventually(rig.in_sync)
+    assert nginx.reloads == 2
+
+
+def test_site_changes_wait_no_longer_than_the_maximum(nginx):
+    wanted = first = desired({"a": ("10.0.0.1",)})
+    options = Options(heartbeat=0.1, site_quiet=30, site_max_wait=0.2)
+    with running(nginx, options=options) as rig:
+        settle(rig, first)
+        wanted = desired({"a": ("10.0.0.1",), "b": ()}, keep=wanted)
+        rig.fleet.apply(wanted)
+        eventually(lambda: nginx.reloads == 2, within=5)
+
+
+def test_a_site_that_comes_back_to_what_it_was_reloads_nothing(nginx):
+    first = desired({"a": ("10.0.0.1",)})
+    with running(nginx) as rig:
+        settle(rig, first)
+        rig.fleet.apply(desired({"a": ("10.0.0.1",), "b": ()}, keep=first))
+        settle(rig, desired({"a": ("10.0.0.1",)}, keep=first))
+        time.sleep(0.1)
+        eventually(rig.in_sync)
+    assert nginx.reloads == 1
+
+
+def refuses(file: str, when=lambda text: True):
+    def check(files):
+        if file in files and when(files[file]):
+            return SiteRefused("cannot load certificate /certs/b.pem", file=file)
+        return None
+
+    return check
+
+
+def test_a_refused_host_is_put_apart_and_the_others_go_live(nginx):
+    nginx.refuse_site = refuses("b.conf")
+    with running(nginx) as rig:
+        settle(rig, desired({"a": ("10.0.0.1",), "b": ("10.0.0.2",), "c": ("10.0.0.3",)}))
+        (rejection,) = rig.fleet.rejections()
+    assert set(nginx.files) == {"00-ground.conf", "a.conf", "c.conf"}
+    assert nginx.reloads == 1
+    assert rejection.subject == "host b"
+    assert rejection.reason == "host_quarantined"
+    assert "cannot load certificate" in rejection.message
+
+
+def test_several_refused_hosts_are_put_apart_one_by_one(nginx):
+    first, second = refuses("b.conf"), refuses("c.conf")
+    nginx.refuse_site = lambda files: first(files) or second(files)
+    with running(nginx) as rig:
+        settle(rig, desired({"a": ("10.0.0.1",), "b": (), "c": ()}))
+    assert set(nginx.files) == {"00-ground.conf", "a.conf"}
+
+
+def test_a_host_that_turns_bad_serves_on_as_it_was(nginx):
+    first = desired({"a": ("10.0.0.1",), "b": ("10.0.0.2",)})
+    with running(nginx) as rig:
+        settle(rig, first)
+        good = nginx.files["b.conf"]
+        nginx.refuse_site = refuses("b.conf", lambda text: text != good)
+        hosts = tuple(
+            host if host.name == "a" else type(host)(host.name, ("alias.b",), host.locations)
+            for host in first.site.hosts
+        )
+        settle(rig, Desired(first.membership, type(first.site)(hosts), ()))
+        assert rig.fleet.rejections()
+    assert nginx.files["b.conf"] == good
+    assert nginx.reloads == 1
+
+
+def test_a_refused_host_is_tried_again_when_its_text_changes(nginx):
+    nginx.refuse_site = refuses("b.conf", lambda text: "alias" not in text)
+    first = desired({"a": (), "b": ()})
+    with running(nginx) as rig:
+        settle(rig, first)
+        hosts = tuple(
+            host if host.name == "a" else type(host)(host.name, ("alias.b",), host.locations)
+            for host in first.site.hosts
+        )
+        settle(rig, Desired(first.membership, type(first.site)(hosts), ()))
+        assert rig.fleet.rejections() == ()
+    assert "b.conf" in nginx.files
+
+
+def test_a_refused_host_is_tried_again_when_the_settings_change(nginx):
+    nginx.refuse_site = refuses("b.conf")
+    with running(nginx) as rig:
+        settle(rig, desired({"a": (), "b": ()}))
+        nginx.refuse_site = lambda files: None
+        rig.fleet.reconfigure(connect=rig.connect, renderer=rig.renderer, options=FAST)
+        eventually(lambda: "b.conf" in nginx.files)
+        eventually(lambda: rig.fleet.rejections() == ())
+
+
+def test_a_site_refused_without_a_file_leaves_the_old_one_and_is_tried_again(nginx):
+    first = desired({"a": ("10.0.0.1",)})
+    with running(nginx) as rig:
+        settle(rig, first)
+        good = nginx.generation
+        nginx.refuse_site = lambda files: SiteRefused("bind() to 0.0.0.0:80 failed", file=None)
+        rig.fleet.apply(desired({"a": ("10.0.0.1",), "b": ()}, keep=first))
+        eventually(lambda: rig.state() is InstanceState.REFUSED)
+        assert nginx.generation == good
+        assert "bind()" in rig.fleet.views()[0].error
+        nginx.refuse_site = lambda files: None
+        eventually(rig.in_sync)
+    assert nginx.reloads == 2
+
+
+def test_a_refused_upstream_does_not_hold_up_the_others(nginx):
+    def refuse(upstreams):
+        if "b/" in upstreams and upstreams["b/"].peers[0].address == "10.0.0.66":
+            return PushRefused("invalid", status=422, reasons={"b/": "address: not one of ours"})
+        return None
+
+    nginx.refuse_push = refuse
+    first = desired({"a": ("10.0.0.1",), "b": ("10.0.0.2",)})
+    with running(nginx) as rig:
+        settle(rig, first)
+        second = desired({"a": ("10.0.0.9",), "b": ("10.0.0.66",)}, keep=first)
+        settle(rig, second)
+        (rejection,) = rig.fleet.rejections()
+        addresses = {n: u.peers[0].address for n, u in nginx.membership.upstreams.items()}
+        assert addresses == {"a/": "10.0.0.9", "b/": "10.0.0.2"}
+        assert (rejection.subject, rejection.reason) == ("upstream b/", "upstream_refused")
+        settle(rig, desired({"a": ("10.0.0.9",), "b": ("10.0.0.3",)}, keep=second))
+        assert rig.fleet.rejections() == ()
+
+
+def test_a_full_dict_is_reported_and_mended_when_there_is_room(nginx):
+    nginx.refuse_push = lambda u: PushRefused("no room", status=507, reasons={})
+    with running(nginx) as rig:
+        rig.fleet.apply(desired({"a": ()}))
+        eventually(lambda: rig.state() is InstanceState.REFUSED)
+        nginx.refuse_push = lambda u: None
+        eventually(rig.in_sync)
+
+
+def test_a_second_agent_stands_by_and_takes_over_when_the_lease_lapses(nginx):
+    nginx.lease_ttl = 0.4
+    with running(nginx) as rig:
+        settle(rig, desired({"a": ("10.0.0.1",)}))
+        with running(nginx, writer="agent-b") as second:
+            second.fleet.apply(desired({"a": ("10.0.0.2",)}))
+            eventually(lambda: second.state() is InstanceState.STANDBY)
+            assert nginx.pushes() == ["put"]
+            # The first agent dies: nobody renews, nobody gives the lease up.
+            rig.fleet.set_instances(())
+            eventually(lambda: second.in_sync())
+    assert nginx.membership.upstreams["a/"].peers[0].address == "10.0.0.2"
+
+
+def test_a_clean_end_gives_the_lease_up(nginx):
+    with running(nginx) as rig:
+        settle(rig, desired({"a": ()}))
+        assert nginx.writer == "agent-a"
+    assert nginx.writer == ""
+
+
+def test_a_standby_that_ends_leaves_the_lease_alone(nginx):
+    with running(nginx) as rig:
+        settle(rig, desired({"a": ()}))
+        with running(nginx, writer="agent-b") as second:
+            second.fleet.apply(desired({"a": ()}))
+            eventually(lambda: second.state() is InstanceState.STANDBY)
+        assert nginx.writer == "agent-a"
+
+
+def test_an_agent_that_has_nothing_to_say_yet_takes_no_lease(nginx):
+    with running(nginx):
+        eventually(lambda: len(nginx.names("status")) > 2)
+        assert nginx.writer == ""
+    assert nginx.pushes() == []
+
+
+def test_an_instance_that_joins_gets_everything_without_waiting_for_a_change(nginx):
+    other = FakeOpenResty("nginx.2")
+    with running(nginx) as rig:
+        settle(rig, desired({"a": ("10.0.0.1",)}))
+        rig.present(nginx, other)
+        eventually(lambda: other.generation == nginx.generation)
+        eventually(rig.in_sync)
+    assert other.revision == nginx.revision
+    assert nginx.reloads == 1
+
+
+def test_an_instance_that_is_gone_is_forgotten(nginx):
+    other = FakeOpenResty("nginx.2")
+    with running(nginx, other) as rig:
+        settle(rig, desired({"a": ()}))
+        rig.present(nginx)
+        assert [view.name for view in rig.fleet.views()] == ["nginx.1"]
+        calls = len(other.calls)
+        settle(rig, desired({"b": ()}))
+        assert rig.sink.forgotten == ["nginx.2"]
+        assert len(other.calls) <= calls + 1
+
+
+def test_a_task_replaced_under_the_same_name_keeps_its_series(nginx):
+    with running(nginx) as rig:
+        settle(rig, desired({"a": ()}))
+        rig.servers["task-2"] = FakeOpenResty("nginx.1")
+        rig.fleet.set_instances((Target(id="task-2", name="nginx.1", urls=("http://x",)),))
+        eventually(rig.in_sync)
+        assert rig.sink.forgotten == []
+
+
+def test_revisions_only_grow(nginx):
+    wanted = desired({"a": ("10.0.0.1",)})
+    nginx.revision = 41
+    seen = []
+    with running(nginx) as rig:
+        for number in range(2, 12):
+            settle(rig, wanted)
+            seen.append(nginx.revision)
+            wanted = desired({"a": (f"10.0.0.{number}",)}, keep=wanted)
+    assert seen == sorted(set(seen))
+    assert seen[0] == 42
+
+
+def test_the_end_does_not_wait_for_an_instance_that_hangs(nginx):
+    rig = Rig(nginx)
+    rig.fleet.start()
+    settle(rig, desired({"a": ()}))
+    nginx.site_takes.clear()
+    rig.fleet.apply(desired({"b": ()}))
+    eventually(lambda: len(nginx.names("site")) == 2)
+    began = time.monotonic()
+    rig.fleet.stop(0.3)
+    assert time.monotonic() - began < 2
+    assert nginx.writer == ""
+    nginx.site_takes.set()
+
+
+def test_an_idle_fleet_costs_a_heartbeat_and_nothing_else(nginx):
+    with running(nginx, options=Options(heartbeat=0.2)) as rig:
+        settle(rig, desired({"a": ()}))
+        nginx.calls.clear()
+        renders = rig.renderer.renders
+        began = time.thread_time()
+        time.sleep(1.0)
+        assert set(nginx.names()) == {"lease", "status"}
+        assert len(nginx.names("status")) <= 6
+        assert rig.renderer.renders == renders
+        assert time.thread_time() - began < 0.1
+    assert threading.active_count() < 50

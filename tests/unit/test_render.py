@@ -1,0 +1,456 @@
+"""What a site looks like as nginx configuration, and that nginx takes it."""
+
+from __future__ import annotations
+
+import http.client
+import http.server
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from clusters import GOLDEN, check_golden, settings
+from nginx_syntax import Directive, parse
+
+from agent.config.settings import Settings
+from agent.errors import RenderError
+from agent.model import Host, Location, Site, Tls
+from agent.render import Capabilities, file_name, generation, hosts_of_files, quote, render
+
+DEFAULTS = settings()
+OLD = Capabilities(nginx_version=1_022_001)
+NEW = Capabilities(nginx_version=1_027_001)
+CERTIFICATE = Tls("/certs/shop.pem", "/certs/shop.key")
+REPOSITORY = Path(__file__).parents[2]
+
+
+def location(host: str, path: str = "/", **options: bool) -> Location:
+    return Location(path=path, upstream=host + path, **options)
+
+
+def plain(name: str = "a.example.com", *, tls: Tls | None = None) -> Host:
+    return Host(name, (), (location(name),), tls)
+
+
+SHOP = Host(
+    name="shop.example.com",
+    aliases=("www.example.com", "xn--bcher-kva.example.com"),
+    locations=(
+        location("shop.example.com", "/", tls_only=True),
+        location("shop.example.com", "/api"),
+        location("shop.example.com", "/old/shop", rewrite=True),
+        location("shop.example.com", "/pay", rewrite=True, tls_only=True),
+    ),
+    tls=CERTIFICATE,
+)
+ONLY_PATHS = Host(
+    name="api.example.com",
+    aliases=(),
+    locations=(
+        location("api.example.com", "/v1"),
+        location("api.example.com", "/v2", rewrite=True),
+    ),
+)
+EVERYTHING = Site((plain("*.dev.example.com"), ONLY_PATHS, SHOP))
+
+CASES: dict[str, tuple[Site, Settings, Capabilities]] = {
+    "empty": (Site(()), DEFAULTS, OLD),
+    "plain": (Site((plain(),)), DEFAULTS, OLD),
+    "everything": (EVERYTHING, DEFAULTS, OLD),
+    "everything-http2-directive": (EVERYTHING, DEFAULTS, NEW),
+    "everything-other-settings": (
+        EVERYTHING,
+        settings(
+            port=8080,
+            ssl_port=8443,
+            listen_ipv6=True,
+            redirect_code=302,
+            proxy_next_upstream="off",
+            ssl_default_cert="default.pem",
+            ssl_default_cert_key="default.key",
+            ssl_protocols="TLSv1.3",
+            ssl_ciphers="",
+            client_max_body_size="10m",
+        ),
+        NEW,
+    ),
+    "tls-off": (EVERYTHING, settings(ssl_port=0), OLD),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_sites(case):
+    site, options, caps = CASES[case]
+    files = render(site, options, caps)
+    for name, text in files.items():
+        check_golden(f"render/{case}/{name}", text)
+    assert sorted(files) == sorted(path.name for path in (GOLDEN / "render" / case).iterdir())
+
+
+def test_no_golden_file_rewrites_with_an_unnamed_capture():
+    """CVE-2026-42945: `rewrite` with `$1` and a `?` overflows a buffer; we need no `rewrite`."""
+
+    def words(directives: tuple[Directive, ...]) -> list[tuple[str, ...]]:
+        return [
+            found
+            for item in directives
+            for found in (item.words, *(words(item.block) if item.block else ()))
+        ]
+
+    golden = sorted(GOLDEN.glob("render/*/*.conf"))
+    assert len(golden) > 10
+    for found in (item for path in golden for item in words(parse(path.read_text()))):
+        assert found[0] not in ("rewrite", "if")
+        assert not any(f"${digit}" in word for word in found for digit in range(10))
+
+
+def directives(text: str, *path: str) -> list[tuple[str, ...]]:
+    """Words of the directives in the first block with each of these names, one in the other."""
+    level = parse(text)
+    for name in path:
+        level = next(item.block for item in level if " ".join(item.words) == name and item.block)
+    return [item.words for item in level]
+
+
+def test_a_location_names_its_upstream_and_proxies():
+    text = render(Site((plain(),)), DEFAULTS, OLD)["a.example.com.conf"]
+    assert directives(text, "server", "location /") == [
+        ("set", "$tidegate_upstream", "a.example.com/"),
+        ("include", "conf.d/proxy.inc"),
+        ("proxy_pass", "http://tidegate"),
+    ]
+
+
+def test_a_context_root_matches_itself_and_below_only():
+    text = render(Site((ONLY_PATHS,)), DEFAULTS, OLD)["api.example.com.conf"]
+    roots = [words[1:] for words in directives(text, "server") if words[0] == "location"]
+    assert roots == [("=", "/v1"), ("/v1/",), ("=", "/v2"), ("/v2/",), ("/",)]
+    assert directives(text, "server", "location /") == [("return", "404")]
+
+
+def test_a_rewritten_context_root_is_taken_off_and_told():
+    text = render(Site((ONLY_PATHS,)), DEFAULTS, OLD)["api.example.com.conf"]
+    assert directives(text, "server", "location = /v2") == [("return", "308", "/v2/$is_args$args")]
+    assert directives(text, "server", "location /v2/") == [
+        ("set", "$tidegate_upstream", "api.example.com/v2"),
+        ("set", "$tidegate_strip", "/v2"),
+        ("include", "conf.d/proxy.inc"),
+        ("proxy_pass", "http://tidegate/"),
+    ]
+
+
+@pytest.mark.parametrize(("port", "shown"), [(443, ""), (8443, ":8443")])
+def test_plain_http_is_redirected_where_only_tls_is_wanted(port, shown):
+    text = render(Site((SHOP,)), settings(ssl_port=port), OLD)["shop.example.com.conf"]
+    assert directives(text, "server", "location /") == [
+        ("return", "308", f"https://$host{shown}$request_uri")
+    ]
+    assert ("proxy_pass", "http://tidegate") in directives(text, "server", "location /api/")
+
+
+def test_unknown_hosts_get_503_and_a_refused_handshake():
+    text = render(Site((plain(tls=CERTIFICATE),)), DEFAULTS, OLD)["00-default.conf"]
+    http, tls = [item.block for item in parse(text) if item.words == ("server",)]
+    assert http is not None
+    assert Directive(("location", "/"), (Directive(("return", "503")),)) in http
+    assert tls == (
+        Directive(("listen", "443", "default_server", "ssl", "http2")),
+        Directive(("ssl_reject_handshake", "on")),
+    )
+
+
+def test_the_tls_listener_refuses_unknown_hosts_and_is_off_with_sslport_0():
+    def common(**options: object) -> str:
+        return render(Site((plain(),)), settings(**options), OLD)["00-default.conf"]
+
+    assert "listen 443 default_server ssl" in common()
+    assert "ssl_reject_handshake on;" in common()
+    assert " ssl" not in common(SSLPort=0)
+
+
+def test_a_site_is_the_same_text_in_whatever_order():
+    files = render(Site((plain("b.example.com"), plain("a.example.com"))), DEFAULTS, OLD)
+    again = render(Site((plain("a.example.com"), plain("b.example.com"))), DEFAULTS, OLD)
+    assert (
+        list(files)
+        == list(again)
+        == ["00-default.conf", "a.example.com.conf", "b.example.com.conf"]
+    )
+    assert generation(files) == generation(again)
+    assert len(generation(files)) == 64
+
+
+def test_the_generation_tells_any_two_sites_apart():
+    seen = [{}, {"a": "b"}, {"ab": ""}, {"": "ab"}, {"a": "b", "c": ""}, {"a": "bc"}, {"c": "b"}]
+    assert len({generation(files) for files in seen}) == len(seen)
+
+
+def test_each_host_has_a_file_name_of_its_own_that_the_admin_api_takes():
+    long = ".".join(["a" * 60] * 4)
+    hosts = ["a", "*.a", "0.a", long, long + "bbbbbbbbb", "*." + long, "x_y.a"]
+    files = [file_name(host) for host in hosts]
+    assert len(set(files)) == len(files)
+    assert file_name("*.example.com") == "_wildcard.example.com.conf"
+    for name in files:
+        assert len(name) <= 255
+        assert name.endswith(".conf")
+        assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789._-")
+        assert name[0] not in ".-"
+    assert hosts_of_files(Site((plain("*.a"),))) == {"_wildcard.a.conf": "*.a"}
+
+
+def test_quoting():
+    assert quote("a b;{}#'") == '"a b;{}#\'"'
+    assert quote('a"b\\') == '"a\\"b\\\\"'
+    assert quote(80) == '"80"'
+    for bad in ("$host", "a\nb", "\x00", "\x7f"):
+        with pytest.raises(RenderError):
+            quote(bad)
+
+
+# --- templates of the operator
+
+
+def test_an_operator_s_template_replaces_the_one_of_that_name(tmp_path):
+    (tmp_path / "host.conf.j2").write_text("server { server_name {{ host.name | quote }}; }\n")
+    options = settings(template_path=str(tmp_path))
+    files = render(Site((plain(),)), options, OLD)
+    assert files["a.example.com.conf"] == 'server { server_name "a.example.com"; }\n'
+    assert files["00-default.conf"] == render(Site((plain(),)), DEFAULTS, OLD)["00-default.conf"]
+    (tmp_path / "host.conf.j2").write_text("# {{ host.name }}: another text, and longer\n")
+    assert "another" in render(Site((plain(),)), options, OLD)["a.example.com.conf"]
+
+
+def test_an_operator_s_template_can_extend_a_built_in_one(tmp_path):
+    (tmp_path / "more.conf.j2").write_text("gzip on;\n")
+    (tmp_path / "default.conf.j2").write_text(
+        "{% include 'more.conf.j2' %}{% include 'builtin/default.conf.j2' %}"
+    )
+    text = render(Site(()), settings(template_path=str(tmp_path)), OLD)["00-default.conf"]
+    assert text == "gzip on;\n" + render(Site(()), DEFAULTS, OLD)["00-default.conf"]
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ nothing }}", "{% if %}", "{{ 1 // 0 }}", "{{ host.name + 1 }}", "{{ [][3].x }}"],
+)
+def test_a_template_that_fails_is_an_error_of_ours(tmp_path, template):
+    (tmp_path / "host.conf.j2").write_text(template)
+    with pytest.raises(RenderError, match="TemplatePath"):
+        render(Site((plain(),)), settings(template_path=str(tmp_path)), OLD)
+
+
+# --- real nginx
+
+
+NGINX = shutil.which("nginx") or shutil.which("openresty") or "/usr/sbin/nginx"
+LUA_MODULES = [
+    Path("/usr/lib/nginx/modules") / name
+    for name in ("ndk_http_module.so", "ngx_http_lua_module.so")
+]
+
+
+def nginx_test(nginx_root: Path, files: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Write the files where nginx looks for them, beside our own static part, and ask nginx."""
+    (nginx_root / "site").mkdir()
+    for name, text in files.items():
+        (nginx_root / "site" / name).write_text(text)
+    (nginx_root / "conf.d").symlink_to(REPOSITORY / "nginx" / "conf.d")
+    modules = "".join(f'load_module "{path}";\n' for path in LUA_MODULES if path.exists())
+    temp = "".join(
+        f'{kind}_temp_path "{nginx_root}/{kind}";\n'
+        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    (nginx_root / "nginx.conf").write_text(
+        f'{modules}pid "{nginx_root}/pid";\nerror_log stderr;\nevents {{}}\n'
+        f"http {{ {temp} access_log off;\ninclude conf.d/http.inc;\ninclude site/*.conf; }}\n"
+    )
+    return subprocess.run(
+        [NGINX, "-t", "-p", str(nginx_root), "-c", str(nginx_root / "nginx.conf")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("certificates")
+    command = (
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=shop.example.com "
+        "-keyout shop.key -out shop.pem"
+    )
+    subprocess.run(
+        command.split(),
+        cwd=directory,
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+    return directory
+
+
+@pytest.mark.dataplane
+@pytest.mark.parametrize("default", [False, True])
+@pytest.mark.parametrize("ipv6", [False, True])
+def test_nginx_takes_a_site_with_everything(
+    tmp_path, certificates, require, free_port, default, ipv6
+):
+    require(Path(NGINX).exists(), "nginx")
+    options = settings(
+        port=free_port(),
+        ssl_port=free_port(),
+        listen_ipv6=ipv6,
+        ssl_cert_path=str(certificates),
+        ssl_default_cert="shop.pem" if default else "",
+        ssl_default_cert_key="shop.key" if default else "",
+    )
+    tls = Tls(f"{certificates}/shop.pem", f"{certificates}/shop.key")
+    long = ".".join(["a" * 60] * 4)
+    site = Site((plain("*.dev.example.com"), ONLY_PATHS, plain(long), _with(SHOP, tls)))
+    done = nginx_test(tmp_path, render(site, options, _capabilities()))
+    assert done.returncode == 0, done.stderr
+    assert "test is successful" in done.stderr
+    assert "[warn]" not in done.stderr
+
+
+@pytest.mark.dataplane
+def test_nginx_takes_a_site_without_hosts(tmp_path, require, free_port):
+    require(Path(NGINX).exists(), "nginx")
+    files = render(Site(()), settings(port=free_port()), _capabilities())
+    done = nginx_test(tmp_path, files)
+    assert done.returncode == 0, done.stderr
+
+
+class Echo(http.server.BaseHTTPRequestHandler):
+    """Answers with the path it was asked for."""
+
+    def do_GET(self) -> None:
+        body = self.path.encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        pass
+
+
+@pytest.fixture
+def backend() -> Iterator[int]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Echo)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server.server_address[1]
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def wait_for(port: int) -> None:
+    end = time.monotonic() + 30
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            assert time.monotonic() < end, "nginx does not listen"
+            time.sleep(0.02)
+        else:
+            return
+
+
+@pytest.fixture
+def routed(tmp_path, certificates, require, free_port, backend) -> Iterator[tuple[int, int]]:
+    """Plain and TLS port of an nginx that serves SHOP and ONLY_PATHS from one plain backend."""
+    require(Path(NGINX).exists(), "nginx")
+    plain_port, tls_port = free_port(), free_port()
+    options = settings(port=plain_port, ssl_port=tls_port)
+    tls = Tls(f"{certificates}/shop.pem", f"{certificates}/shop.key")
+    (tmp_path / "conf.d").mkdir()
+    (tmp_path / "conf.d" / "server.inc").write_text("")
+    (tmp_path / "conf.d" / "proxy.inc").write_text("")
+    files = render(Site((ONLY_PATHS, _with(SHOP, tls))), options, _capabilities())
+    (tmp_path / "site").mkdir()
+    for name, text in files.items():
+        (tmp_path / "site" / name).write_text(text)
+    temp = "".join(
+        f'{kind}_temp_path "{tmp_path}/{kind}";\n'
+        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    (tmp_path / "nginx.conf").write_text(
+        f'daemon off;\nmaster_process off;\npid "{tmp_path}/pid";\n'
+        f'error_log "{tmp_path}/error.log";\nevents {{}}\n'
+        f"http {{ {temp} access_log off; server_names_hash_bucket_size 512;\n"
+        f"upstream tidegate {{ server 127.0.0.1:{backend}; }}\ninclude site/*.conf; }}\n"
+    )
+    with subprocess.Popen(
+        [NGINX, "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")]
+    ) as process:
+        try:
+            wait_for(plain_port)
+            yield plain_port, tls_port
+        finally:
+            process.terminate()
+
+
+def get(connection: http.client.HTTPConnection, host: str, path: str) -> tuple[int, str]:
+    """Status, and the path that the backend saw or the place that the client is sent to."""
+    connection.request("GET", path, headers={"Host": host})
+    answer = connection.getresponse()
+    body = answer.read().decode()
+    connection.close()
+    return answer.status, answer.headers.get("Location") or (body if answer.status == 200 else "")
+
+
+@pytest.mark.dataplane
+def test_requests_go_where_the_site_says(routed, certificates):
+    plain_port, tls_port = routed
+    plain_http = http.client.HTTPConnection("127.0.0.1", plain_port, timeout=10)
+    for host, path, expected in [
+        ("api.example.com", "/v1", (200, "/v1")),
+        ("api.example.com", "/v1/x?y=1", (200, "/v1/x?y=1")),
+        ("api.example.com", "/v1x", (404, "")),
+        ("api.example.com", "/", (404, "")),
+        ("api.example.com", "/v2?y=1", (308, "/v2/?y=1")),
+        ("api.example.com", "/v2/x?y=1", (200, "/x?y=1")),
+        ("API.example.com:80", "/v2/", (200, "/")),
+        ("shop.example.com", "/a?b", (308, f"https://shop.example.com:{tls_port}/a?b")),
+        ("www.example.com", "/a", (308, f"https://www.example.com:{tls_port}/a")),
+        ("shop.example.com", "/api/a", (200, "/api/a")),
+        ("unknown.example.com", "/", (503, "")),
+    ]:
+        assert get(plain_http, host, path) == expected, (host, path)
+
+    context = ssl.create_default_context(cafile=str(certificates / "shop.pem"))
+    context.check_hostname = False
+    for host, path, expected in [
+        ("shop.example.com", "/a?b", (200, "/a?b")),
+        ("shop.example.com", "/pay/x", (200, "/x")),
+        ("shop.example.com", "/pay", (308, "/pay/")),
+    ]:
+        with socket.create_connection(("127.0.0.1", tls_port), 10) as raw:
+            secure = http.client.HTTPConnection(host)
+            secure.sock = context.wrap_socket(raw, server_hostname=host)
+            assert get(secure, host, path) == expected, (host, path)
+    for host in ("unknown.example.com", "api.example.com"):
+        with (
+            socket.create_connection(("127.0.0.1", tls_port), 10) as raw,
+            pytest.raises(ssl.SSLError),
+        ):
+            context.wrap_socket(raw, server_hostname=host)
+
+
+def _with(host: Host, tls: Tls) -> Host:
+    return Host(host.name, host.aliases, host.locations, tls)
+
+
+def _capabilities() -> Capabilities:
+    told = subprocess.run([NGINX, "-v"], capture_output=True, text=True, timeout=60).stderr
+    numbers = told.split("/", 1)[1].split()[0].split(".")
+    major, minor, patch = (int(number) for number in numbers[:3])
+    return Capabilities(nginx_version=major * 1_000_000 + minor * 1_000 + patch)

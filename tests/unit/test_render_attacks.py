@@ -1,0 +1,254 @@
+"""Label values as attacks: a route is refused, or its file says exactly what was intended.
+
+What was intended is built here by hand from the parsed names and paths, without the templates, and
+compared with what a strict reader finds in the rendered text: one directive more, one word
+elsewhere, and the test fails.
+"""
+
+from __future__ import annotations
+
+import string
+
+import pytest
+from clusters import instance, labels, service, settings, snapshot
+from hypothesis import HealthCheck, example, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from nginx_syntax import Directive, Odd, parse
+
+from agent.compile import compile_snapshot
+from agent.errors import RenderError
+from agent.model import Host, Location, Site, Tls
+from agent.render import DEFAULT_FILE, Capabilities, file_name, render
+
+OPTIONS = settings(ssl_default_cert="default.pem")
+CAPS = Capabilities(nginx_version=1_022_001)
+FIXED = render(Site(()), OPTIONS, CAPS)[DEFAULT_FILE]
+
+TRICKS = [
+    '"',
+    "'",
+    "{",
+    "}",
+    ";",
+    "\n",
+    "\r",
+    "\t",
+    " ",
+    "\x00",
+    "\x7f",
+    "\\",
+    "$",
+    "$host",
+    "${host}",
+    "#",
+    "..",
+    "/../",
+    "//",
+    "%",
+    "~",
+    "*",
+    "*.",
+    "^~",
+    "=",
+    "{{ 7 * 7 }}",
+    "{% raw %}",
+    "ü",
+    "ß",
+    "İ",
+    "。",
+    "\u200b",
+    "\u2028",
+    "\uff1b",
+    "\uff5b",
+    "\ud800",
+    "xn--",
+    "data:",
+    "return 200;",
+    "} server { listen 81; }",
+    "; include /etc/passwd;",
+    "a" * 70,
+    "a" * 10_240,
+]
+VALUES = st.one_of(
+    st.text(max_size=30),
+    st.lists(
+        st.sampled_from([*TRICKS, *string.ascii_lowercase[:4], "/", ".", "-", "_", "1"]), max_size=6
+    ).map("".join),
+    st.from_regex(r"[a-z0-9.*_-]{1,20}", fullmatch=True),
+    st.from_regex(r"(/[a-z0-9.~-]{1,8}){1,3}/?", fullmatch=True),
+)
+NAMES = [
+    "hostname",
+    "domain",
+    "alias_domain",
+    "alias_domain.0",
+    "port",
+    "network",
+    "context_root",
+    "context_root_rewrite",
+    "ssl",
+    "ssl_only",
+    "ssl_cert",
+    "ssl_cert_key",
+    "websocket_endpoint",
+    "websocket_endpoint.0",
+    "weight",
+]
+NAME_CHARACTERS = frozenset(string.ascii_lowercase + string.digits + ".-_*")
+PATH_CHARACTERS = frozenset(string.ascii_letters + string.digits + "/._~!&+,=:@*-")
+
+
+def directive(*words: str, block: list[Directive] | None = None) -> Directive:
+    return Directive(words, None if block is None else tuple(block))
+
+
+def intended(host: Host) -> tuple[Directive, ...]:
+    """What the file of a host is to say."""
+    servers = [_server(host, secure=False)]
+    if host.tls is not None:
+        servers.append(_server(host, secure=True))
+    return tuple(servers)
+
+
+def _server(host: Host, *, secure: bool) -> Directive:
+    found = [directive("listen", "443", "ssl", "http2") if secure else directive("listen", "80")]
+    if secure:
+        assert host.tls is not None
+        found.append(directive("ssl_certificate", host.tls.certificate))
+        found.append(directive("ssl_certificate_key", host.tls.key))
+    found.append(directive("server_name", host.name, *host.aliases))
+    found.append(directive("absolute_redirect", "off"))
+    found.append(directive("include", "conf.d/server.inc"))
+    for location in host.locations:
+        found += _locations(location, secure=secure)
+    if all(location.path != "/" for location in host.locations):
+        found.append(directive("location", "/", block=[directive("return", "404")]))
+    return directive("server", block=found)
+
+
+def _locations(location: Location, *, secure: bool) -> list[Directive]:
+    root = location.path.removesuffix("/")
+    if location.tls_only and not secure:
+        here = below = [directive("return", "308", "https://$host$request_uri")]
+    else:
+        begin = [directive("set", "$tidegate_upstream", location.upstream)]
+        end = directive("include", "conf.d/proxy.inc")
+        here = below = [*begin, end, directive("proxy_pass", "http://tidegate")]
+        if location.rewrite:
+            here = [directive("return", "308", f"{root}/$is_args$args")]
+            strip = directive("set", "$tidegate_strip", root)
+            below = [*begin, strip, end, directive("proxy_pass", "http://tidegate/")]
+    found = [directive("location", f"{root}/", block=below)]
+    return [directive("location", "=", root, block=here), *found] if root else found
+
+
+def check(site: Site) -> None:
+    files = render(site, OPTIONS, CAPS)
+    assert files.pop(DEFAULT_FILE) == FIXED
+    assert set(files) == {file_name(host.name) for host in site.hosts}
+    for host in site.hosts:
+        assert parse(files[file_name(host.name)]) == intended(host)
+
+
+@given(
+    wants=st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=5),
+    hostname=st.one_of(st.just("app"), VALUES),
+)
+@example(wants={"context_root": '/a" { return 200; } location "/b'}, hostname="app")
+@example(wants={"domain": "x;} server { listen 81;"}, hostname="app")
+@example(wants={"alias_domain": 'b.example.com"; return 200 "'}, hostname="app")
+@example(wants={"ssl": "", "ssl_cert": "../../etc/passwd", "ssl_cert_key": "x"}, hostname="app")
+@example(wants={"ssl": "", "ssl_cert": "a.pem", "ssl_cert_key": "a.key\n"}, hostname="app")
+@example(wants={"context_root": "/$http_x"}, hostname="*")
+@hypothesis_settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
+def test_a_label_is_refused_or_means_what_it_says(wants, hostname):
+    attack = service(
+        "attack",
+        {f"interlock.{name}": value for name, value in {**wants, "hostname": hostname}.items()},
+        instance("t1"),
+    )
+    bystander = service("good", labels(hostname="good.example.com", domain=""), instance("t2"))
+    desired = compile_snapshot(snapshot(attack, bystander), OPTIONS)
+    check(desired.site)
+    mine = [host for host in desired.site.hosts if host.name != "good.example.com"]
+    assert len(desired.site.hosts) > len(mine), "the bystander is served whatever the other says"
+    assert mine or any(item.subject == "service attack" for item in desired.rejections)
+    for host in mine:
+        for name in (host.name, *host.aliases):
+            assert set(name) <= NAME_CHARACTERS
+            assert len(name) <= 253
+        for location in host.locations:
+            assert set(location.path) <= PATH_CHARACTERS
+            assert ".." not in location.path.split("/")
+        if host.tls is not None:
+            for path in (host.tls.certificate, host.tls.key):
+                assert path.startswith("/etc/tidegate/certs/")
+                assert ".." not in path.split("/")
+    for item in desired.rejections:
+        assert item.message.isascii()
+        assert item.message.isprintable()
+        assert len(item.message) < 1_000
+
+
+@pytest.mark.parametrize("trick", TRICKS, ids=ascii)
+@pytest.mark.parametrize("name", NAMES)
+def test_each_trick_in_each_label(name, trick):
+    for value in (trick, f"a{trick}b", f"/a{trick}b"):
+        wants = {"interlock.hostname": "app", "interlock.ssl": "true"}
+        if name.startswith("ssl_cert"):
+            wants |= {"interlock.ssl_cert": "a.pem", "interlock.ssl_cert_key": "a.key"}
+        wants[f"interlock.{name}"] = value
+        seen = snapshot(service("attack", wants, instance("t1")))
+        desired = compile_snapshot(seen, OPTIONS)
+        check(desired.site)
+        assert desired.site.hosts or desired.rejections
+
+
+@given(text=VALUES)
+@hypothesis_settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+def test_quoting_holds_even_where_nothing_was_checked_before(text):
+    """The second line of defence: values that no label could have brought this far."""
+    host = Host(
+        name="a.example.com",
+        aliases=(f"b{text}",),
+        locations=(Location(path=f"/c{text}d", upstream=f"a.example.com/{text}", rewrite=True),),
+        tls=Tls(f"/certs/{text}", f"/certs/{text}.key"),
+    )
+    try:
+        files = render(Site((host,)), OPTIONS, CAPS)
+    except RenderError:
+        return
+    assert parse(files["a.example.com.conf"]) == intended(host)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a {",
+        "a; }",
+        "a",
+        "a; b",
+        ";",
+        "{ }",
+        'a "b',
+        'a "b"c;',
+        'a b"c;',
+        "a b\\c;",
+        "a b\x00c;",
+        'a "b\nc";',
+        "a ü;",
+        "a; # b",
+        "a { b }",
+    ],
+)
+def test_the_reader_itself_is_strict(text):
+    with pytest.raises(Odd):
+        parse(text)
+
+
+def test_the_reader_itself_reads():
+    assert parse('a "b;{}" c; # d\ne { f "g\\"h"; i { } }\n') == (
+        Directive(("a", "b;{}", "c")),
+        Directive(("e",), (Directive(("f", 'g"h')), Directive(("i",), ()))),
+    )
