@@ -165,8 +165,8 @@ def _run(config: str | None, *, debug: bool) -> None:
             _set_up_logging(again.settings.log_level, debug=debug)
     log.info("%s: ending", signal.Signals(caught).name)
     began = time.monotonic()
-    listener.stop()
     controller.stop(STOP_LIMIT)
+    listener.stop()
     log.info("ended after %.1f s", time.monotonic() - began)
 
 

@@ -5,16 +5,20 @@ machine is the limit:
 
 * `dynamic`: the product as it is, a host of the agent's with Lua balancer and metrics;
 * `static, same nginx`: a static `upstream` with keepalive in the very same nginx process, with the
-  product's metrics: what the balancer alone costs;
-* `static, plain nginx`: the same in an nginx of its own without any Lua: what all of it costs.
+  same headers and the metrics: the dynamic upstream is all that differs;
+* `static, plain nginx`: an nginx of its own without any Lua, and plain headers: what all of it
+  costs.
 
 Rounds are interleaved and their order rotates, because the machine is shared: ratios are taken
-within a round, and the median over the rounds is what counts.
+within a round, and the median over the rounds is what counts. A round during which other processes
+took more than a twelfth of the machine is thrown away; how many were is told.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import resource
 import shutil
 import statistics
 import subprocess
@@ -40,6 +44,7 @@ from demo.pair import (
 
 HOST = "app.localhost"
 CONNECTIONS = 64
+FOREIGN_LIMIT = 1 / 12
 _PROXY_HEADERS = """
     proxy_http_version 1.1;
     proxy_set_header Host $http_host;
@@ -105,12 +110,16 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Round:
-    """What one run of wrk found; CPU is that of the proxy's worker."""
+class Run:
+    """What one run of wrk found; CPU is that of the proxy's worker.
+
+    `foreign` is the share of the machine that went to processes of others.
+    """
 
     requests_per_second: float
     p99_ms: float
     cpu_us: float
+    foreign: float
 
 
 def _say(line: str) -> None:
@@ -139,19 +148,50 @@ def _cpu_seconds(master: int) -> float:
     return total / 1e9
 
 
-def _wrk(way: Way, seconds: float) -> Round:
-    before = _cpu_seconds(way.master)
+def _keep_apart(ways: list[Way], others: list[Process]) -> None:
+    """One core for the proxies' workers, the rest for load and backends: less noise for all."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        return
+    for master in {way.master for way in ways}:
+        for pid in worker_starts(master):
+            os.sched_setaffinity(pid, cores[:1])
+    for process in others:
+        for pid in worker_starts(process.popen.pid):
+            os.sched_setaffinity(pid, cores[1:])
+    # wrk inherits ours.
+    os.sched_setaffinity(0, cores[1:])
+
+
+def _busy_seconds() -> float:
+    """CPU time of the whole machine so far, idle and waiting left out."""
+    fields = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    idle = fields[3] + fields[4]
+    return (sum(fields) - idle) / os.sysconf("SC_CLK_TCK")
+
+
+def _wrk(way: Way, masters: list[int], seconds: float) -> Run:
+    """One run through `way`; `masters` are those whose workers are ours, the proxy's included."""
+    before, busy = {master: _cpu_seconds(master) for master in masters}, _busy_seconds()
+    own = resource.getrusage(resource.RUSAGE_CHILDREN)
+    started = time.monotonic()
     command = ["wrk", "--threads", "1", "--connections", str(CONNECTIONS), "--latency"]
     command += ["--duration", f"{seconds:g}s", "--header", f"Host: {HOST}"]
     command.append(f"http://127.0.0.1:{way.port}/")
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    cpu = _cpu_seconds(way.master) - before
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    wrk = used.ru_utime + used.ru_stime - own.ru_utime - own.ru_stime
+    cpu = {master: _cpu_seconds(master) - before[master] for master in masters}
+    foreign = _busy_seconds() - busy - wrk - sum(cpu.values())
     if "Non-2xx" in text or "Socket errors" in text:
         raise DemoError(f"requests failed through {way.name}:\n{text}")
-    requests = int(_find(r"(\d+) requests in", text))
     number, unit = re.findall(r"99%\s+([\d.]+)(us|ms|s)", text)[0]
-    p99 = float(number) * {"us": 0.001, "ms": 1.0, "s": 1000.0}[unit]
-    return Round(float(_find(r"Requests/sec:\s+([\d.]+)", text)), p99, cpu / requests * 1e6)
+    return Run(
+        requests_per_second=float(_find(r"Requests/sec:\s+([\d.]+)", text)),
+        p99_ms=float(number) * {"us": 0.001, "ms": 1.0, "s": 1000.0}[unit],
+        cpu_us=cpu[way.master] / int(_find(r"(\d+) requests in", text)) * 1e6,
+        foreign=foreign / (time.monotonic() - started) / (os.cpu_count() or 1),
+    )
 
 
 def _find(pattern: str, text: str) -> str:
@@ -170,8 +210,8 @@ def _wait(port: int) -> None:
 
 
 @contextmanager
-def _ways() -> Iterator[list[Way]]:
-    """Backends and the three ways to them."""
+def _ways() -> Iterator[tuple[list[Way], int]]:
+    """The three ways, and the pid of the backends' master."""
     with temporary_directory() as directory:
         backends = [choose_port(port, "a backend", _say) for port in (18101, 18102, 18103)]
         static_port = choose_port(18111, "the static upstream", _say)
@@ -179,7 +219,8 @@ def _ways() -> Iterator[list[Way]]:
         servers = "\n    ".join(f"server 127.0.0.1:{port};" for port in backends)
         conf = directory / "conf.d"
         conf.mkdir()
-        static = _STATIC.format(servers=servers, port=static_port, proxy=_PROXY_HEADERS)
+        same = "include conf.d/proxy.inc;"
+        static = _STATIC.format(servers=servers, port=static_port, proxy=same)
         (conf / "static.conf").write_text(static)
         plain = _STATIC.format(servers=servers, port=plain_port, proxy=_PROXY_HEADERS)
         pair = Pair(
@@ -188,6 +229,7 @@ def _ways() -> Iterator[list[Way]]:
             nginx_env={"TIDEGATE_WORKERS": "1", "TIDEGATE_CONF_DIR": str(conf)},
         )
         processes: list[Process] = []
+        affinity = os.sched_getaffinity(0)
         try:
             bodies = "".join(_BACKEND.format(port=port) for port in backends)
             processes.append(_start_nginx(directory, "backends", bodies))
@@ -202,28 +244,48 @@ def _ways() -> Iterator[list[Way]]:
             ]
             for way in ways:
                 _wait(way.port)
-            yield ways
+            _keep_apart(ways, processes[:1])
+            yield ways, processes[0].popen.pid
         finally:
+            os.sched_setaffinity(0, affinity)
             pair.stop()
             for process in processes:
                 process.stop()
 
 
+def _rounds(rounds: int, seconds: float) -> tuple[dict[str, list[Run]], int]:
+    """So many rounds that others left alone, and how many were thrown away.
+
+    Raises:
+        DemoError: the machine is too busy to measure anything.
+    """
+    found: dict[str, list[Run]] = {}
+    thrown_away = 0
+    with _ways() as (ways, backends):
+        masters = [backends, *{way.master for way in ways}]
+        for way in ways:
+            _wrk(way, masters, 1.0)
+            found[way.name] = []
+        while len(found["dynamic"]) < rounds:
+            turn = (len(found["dynamic"]) + thrown_away) % len(ways)
+            runs = {way.name: _wrk(way, masters, seconds) for way in ways[turn:] + ways[:turn]}
+            foreign = max(run.foreign for run in runs.values())
+            rates = ", ".join(f"{n} {run.requests_per_second:.0f}/s" for n, run in runs.items())
+            if foreign > FOREIGN_LIMIT:
+                thrown_away += 1
+                _say(f"  thrown away, others took {foreign:.0%}: {rates}")
+                if thrown_away > rounds * 20:
+                    raise DemoError("this machine is too busy: end what else runs, and try again")
+                continue
+            for name, run in runs.items():
+                found[name].append(run)
+            _say(f"  round {len(found['dynamic'])} of {rounds}: {rates}")
+    return found, thrown_away
+
+
 def measure(rounds: int, seconds: float) -> Section:
     """Run wrk through each way, so many interleaved rounds of so many seconds."""
-    found: dict[str, list[Round]] = {}
-    with _ways() as ways:
-        for way in ways:
-            _wrk(way, 1.0)
-            found[way.name] = []
-        for number in range(rounds):
-            turn = number % len(ways)
-            for way in ways[turn:] + ways[:turn]:
-                found[way.name].append(_wrk(way, seconds))
-            _say(
-                f"  round {number + 1} of {rounds}: "
-                + ", ".join(f"{n} {r[-1].requests_per_second:.0f}/s" for n, r in found.items())
-            )
+    found, thrown_away = _rounds(rounds, seconds)
     dynamic = found["dynamic"]
     rows = []
     for name, results in found.items():
@@ -243,10 +305,11 @@ def measure(rounds: int, seconds: float) -> Section:
         )
     about = paragraph(
         f"3 backends (nginx `return 200`), keep-alive to both sides, {CONNECTIONS} connections of",
-        f"wrk, one nginx worker, {rounds} interleaved rounds of {seconds:g} s. Medians, with range",
-        "in brackets; the ratio is taken within each round. `static, same nginx` shares the",
-        "process and the metrics with `dynamic`, `static, plain nginx` is an nginx without any",
-        "Lua. wrk, proxy and backends share the cores. `bench/throughput.py`.",
+        f"wrk, one nginx worker on a core of its own, {rounds} interleaved rounds of {seconds:g} s",
+        f"({thrown_away} more were thrown away because others used the machine). Medians, with",
+        "range in brackets; the ratio is taken within each round. `static, same nginx` differs",
+        "from `dynamic` in the upstream alone, `static, plain nginx` is an nginx without any Lua",
+        "or metrics. The CPU time per request is the steadiest of these. `bench/throughput.py`.",
     )
     head = ["way", "requests/s", "p99 ms", "CPU µs per request", "dynamic relative to it"]
     head.append("dynamic's further µs")

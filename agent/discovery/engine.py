@@ -120,7 +120,8 @@ class EngineSource:
         self._containers: dict[str, Container] = {}
         self._draining: dict[str, float] = {}
         self._node = self._node_address = ""
-        self._proxy_networks: tuple[str, ...] | None = None
+        # By name, and kept: while OpenResty restarts, its networks are still where it will be.
+        self._proxy_networks: dict[str, tuple[str, ...]] = {}
         self._published: SourceSnapshot | None = None
 
     @property
@@ -277,6 +278,7 @@ class EngineSource:
             old = before.get(workload.key)
             workloads[workload.key] = old if old == workload else workload
             if item.is_proxy:
+                self._proxy_networks[workload.name] = workload.networks
                 proxies.append(
                     ProxyInstance(
                         id=identity,
@@ -286,20 +288,14 @@ class EngineSource:
                         published=self._proxy_ports(item.instance),
                     )
                 )
-        if proxies:
-            # While OpenResty is away for a moment, its networks are still where it will be.
-            names = {name for proxy in proxies for name in self._networks_of(proxy)}
-            self._proxy_networks = tuple(sorted(names))
+        networks = {name for names in self._proxy_networks.values() for name in names}
         return SourceSnapshot(
             source=NAME,
             workloads=MappingProxyType(workloads),
             proxies=tuple(proxies),
-            proxy_networks=self._proxy_networks,
+            proxy_networks=tuple(sorted(networks)) if self._proxy_networks else None,
             changed_at=changed_at,
         )
-
-    def _networks_of(self, proxy: ProxyInstance) -> Iterable[str]:
-        return (attachment.network for attachment in proxy.attachments)
 
     def _proxy_ports(self, instance: Instance) -> tuple[PublishedPort, ...]:
         if not instance.host_network:

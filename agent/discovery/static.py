@@ -88,7 +88,7 @@ class StaticSource:
             try:
                 look = self._look()
                 if look != seen or content is None or _fresh(look):
-                    if content is not None and _in_place(seen, look):
+                    if _in_place(seen, look) and (content is not None or _fresh(look)):
                         # Whoever writes in place may be half-way: wait until it rests.
                         stop.wait(LOOK_INTERVAL)
                         if self._look() != look:
@@ -100,7 +100,7 @@ class StaticSource:
                         self._take_in(new, publish)
                 self._report.follow(following=not self._report.status.last_error)
             except StaticFileError as error:
-                seen = None
+                seen = content = None
                 self._complain(error, publish)
             except Exception as error:  # noqa: BLE001
                 # The guard of the loop: a fault of ours must not end discovery for good.
@@ -125,7 +125,11 @@ class StaticSource:
         started = time.monotonic()
         self._report.heard("file")
         before = self._good.workloads if self._good else {}
-        snapshot = _parse(content, self._path, before, started)
+        try:
+            snapshot = _parse(content, self._path, before, started)
+        except StaticFileError as error:
+            self._complain(error, publish)
+            return
         self._report.synced(time.monotonic() - started)
         self._good = snapshot
         publish(snapshot)

@@ -41,9 +41,7 @@ def list_all(engine: Engine) -> Listing:
         except DockerRefused as error:
             if error.status != NOT_FOUND:
                 raise
-    return Listing(
-        services=services, tasks=tasks, nodes=nodes, networks=list(networks.values())
-    )
+    return Listing(services=services, tasks=tasks, nodes=nodes, networks=list(networks.values()))
 
 
 def tasks_of(body: bytes) -> tuple[list[Task], list[Network]]:

@@ -194,7 +194,7 @@ class Pair:
         """Whether every OpenResty task runs, and has acknowledged what the agent wants."""
         instances = self.state()["instances"]
         return len(instances) == len(self.lab.nodes) and all(
-            instance["state"] == "synced" for instance in instances
+            instance["in_sync"] for instance in instances
         )
 
     # --- apps and load --------------------------------------------------------------------

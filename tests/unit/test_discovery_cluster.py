@@ -1,4 +1,4 @@
-"""From a Swarm's objects to workloads: what is up, what drains, who is first, what stays the same."""
+"""From a Swarm's objects to workloads: what is up, what drains, what stays the same."""
 
 from __future__ import annotations
 

@@ -144,13 +144,13 @@ end
 local function explain(output, directory, files)
     local message
     for line in gmatch(output, "[^\n]+") do
-        local text = match(line, "%[emerg%] (.*)")
-        if text then
-            message = gsub(text, "^%d+#%d+: ", "")
+        if find(line, "[emerg]", 1, true) then
+            message = line
             break
         end
     end
     message = message or match(output, "[^\n]+") or "nginx said nothing"
+    message = gsub(gsub(message, "^.-%[%a+%] ", ""), "^%d+#%d+: ", "")
     local refusal = { message = message }
     local path, number = match(message, " in (%S+):(%d+)$")
     if path then
@@ -298,8 +298,7 @@ local function change(wanted, files)
         if _M.generation() ~= (before == BUILTIN and "" or before) then
             posix.kill(process.get_master_pid(), posix.SIGHUP)
         end
-        local reason = explain("[emerg] " .. match(err, "%[emerg%] (.*)") or err,
-                               directory_of("current"), files)
+        local reason = explain(err, directory_of("current"), files)
         reason.stage = "reload"
         return nil, reason
     end

@@ -167,12 +167,21 @@ local function flip(entry)
 end
 
 
-local function take_lock()
+-- Calls `job(token, …)` under the lock; gives its results, or nil where the lock cannot be had.
+local function locked(job, ...)
     local token, orphaned = lock.acquire(LOCK, LOCK_WAIT)
+    if not token then
+        return nil, { kind = "busy" }
+    end
     if orphaned then
         sweep()
     end
-    return token
+    local ok, result, refusal = pcall(job, token, ...)
+    lock.release(LOCK, token)
+    if not ok then
+        error(result, 0)
+    end
+    return result, refusal
 end
 
 
@@ -198,7 +207,7 @@ local function carry_over(upstream, old, at)
 end
 
 
-local function apply_locked(push, token)
+local function apply(token, push)
     local current = ctl:get("revision") or 0
     local full = push.base_revision == nil
     if push.revision == current and ctl:get("writer") == push.writer and not ctl:get("dirty") then
@@ -305,16 +314,7 @@ end
 --   has them, `changed` only what differs), or nil and `{kind = "busy"|"revision"|"dict_full",
 --   …}`
 function _M.apply(push)
-    local token = take_lock()
-    if not token then
-        return nil, { kind = "busy" }
-    end
-    local ok, result, refusal = pcall(apply_locked, push, token)
-    lock.release(LOCK, token)
-    if not ok then
-        error(result, 0)
-    end
-    return result, refusal
+    return locked(apply, push)
 end
 
 
@@ -341,42 +341,42 @@ function _M.probing_peers(name)
 end
 
 
+local function admit(_, name, admitted)
+    local blob, number = _M.get(name)
+    if not blob then
+        return true
+    end
+    local upstream, by_id, at = codec.decode(blob), {}, now()
+    for _, peer in ipairs(admitted) do
+        by_id[peer.id] = peer
+    end
+    for _, peer in ipairs(upstream.peers) do
+        local it = by_id[peer.id]
+        if it and peer.state == codec.PROBING and peer.bytes == it.bytes
+                and peer.port == it.port then
+            peer.state = codec.UP
+            peer.since = at
+        end
+    end
+    local entry = { name = name, old_number = number }
+    entry.blob, entry.probing = codec.encode(upstream)
+    if entry.blob ~= blob then
+        if not stage(entry) then
+            return nil
+        end
+        flip(entry)
+        ctl:incr("content", 1, 0)
+    end
+    return true
+end
+
+
 --- Admits peers of upstream `name` that have accepted a connection, as far as they are still the
 -- same and still being probed. The revision stays. May yield.
 -- @param admitted list of peers as `probing_peers` gives them
 -- @return true when it is done, nil if the lock could not be had or there is no room
 function _M.admit(name, admitted)
-    local token = take_lock()
-    if not token then
-        return nil
-    end
-    local done = true
-    local blob, number = _M.get(name)
-    if blob then
-        local upstream, by_id, at = codec.decode(blob), {}, now()
-        for _, peer in ipairs(admitted) do
-            by_id[peer.id] = peer
-        end
-        for _, peer in ipairs(upstream.peers) do
-            local it = by_id[peer.id]
-            if it and peer.state == codec.PROBING and peer.bytes == it.bytes
-                    and peer.port == it.port then
-                peer.state = codec.UP
-                peer.since = at
-            end
-        end
-        local entry = { name = name, old_number = number }
-        entry.blob, entry.probing = codec.encode(upstream)
-        if entry.blob ~= blob then
-            done = stage(entry)
-            if done then
-                flip(entry)
-                ctl:incr("content", 1, 0)
-            end
-        end
-    end
-    lock.release(LOCK, token)
-    return done
+    return locked(admit, name, admitted)
 end
 
 

@@ -1,0 +1,271 @@
+"""Requests that find no peer: held where a replacement is expected, else answered 503."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.dataplane.harness import (
+    Answer,
+    Backend,
+    Load,
+    Proxy,
+    backends,
+    free_port,
+    peer,
+    request,
+    site,
+    upstream,
+    wait_until,
+)
+
+A = "a.test/"
+
+
+def held(proxy: Proxy, result: str) -> float:
+    name = f'tidegate_held_requests_total{{upstream="a.test/",result="{result}"}}'
+    return proxy.admin.metrics().get(name, 0)
+
+
+def in_flight(proxy: Proxy) -> float:
+    return proxy.admin.metrics().get('tidegate_requests_in_flight{upstream="a.test/"}', 0)
+
+
+@pytest.mark.parametrize("peers", ["none", "unknown", "refusing"])
+def test_without_hold_no_peer_is_503_at_once(routed: Proxy, peers: str) -> None:
+    if peers == "none":
+        routed.admin.put({A: upstream()})
+    elif peers == "refusing":
+        routed.admin.put({A: upstream()})
+        routed.admin.put({A: upstream(peer(free_port(), state="draining"))})
+    started = time.monotonic()
+    answer = request(routed.http_port)
+    assert (answer.status, answer.headers["retry-after"]) == (503, "5")
+    assert "No instance of the application" in answer.text
+    assert time.monotonic() - started < 1
+
+
+def test_an_unknown_host_is_503(routed: Proxy) -> None:
+    assert request(routed.http_port, host="nobody.test").status == 503
+
+
+def test_a_refusing_peer_is_502_and_says_so(routed: Proxy) -> None:
+    routed.admin.put({A: upstream(peer(free_port()))})
+    answer = request(routed.http_port, method="POST", body=b"x")
+    assert (answer.status, "retry-after" in answer.headers) == (502, False)
+
+
+def test_a_peer_that_is_too_slow_is_504(proxy: Proxy, backend: Backend) -> None:
+    proxy.admin.site(site(proxy.http_port, {"a.test": {"/": A}}, http="proxy_read_timeout 1s;"))
+    proxy.admin.put({A: upstream(backend.peer(), hold=5)})
+    wait_until(lambda: proxy.admin.live(A) == {"b0": "up"})
+    assert request(proxy.http_port, "/sleep/20").status == 504
+    assert len(backend.requests) == 1
+
+
+def test_what_a_peer_answers_is_passed_on(routed: Proxy) -> None:
+    """A 503 of the application is the application's: no page of ours, no second attempt."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(10)
+        routed.admin.put({A: upstream(peer(server.getsockname()[1]))})
+        answers: list[Answer] = []
+        thread = threading.Thread(target=lambda: answers.append(request(routed.http_port)))
+        thread.start()
+        connection, _ = server.accept()
+        connection.recv(10000)
+        connection.sendall(b"HTTP/1.1 503 Mine\r\nContent-Length: 4\r\n\r\nmine")
+        thread.join()
+        connection.close()
+    assert (answers[0].status, answers[0].text) == (503, "mine")
+    assert "retry-after" not in answers[0].headers
+
+
+def test_the_operators_error_page_is_shown(
+    make_proxy: Callable[..., Proxy], tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("<p>sorry: {{status}} {{reason}}</p>")
+    proxy = make_proxy(env={"TIDEGATE_ERROR_PAGE": str(page)})
+    proxy.start()
+    assert request(proxy.http_port).text == "<p>sorry: 503 Service Unavailable</p>"
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_request_is_held_until_a_peer_comes(routed: Proxy, method: str) -> None:
+    body = os.urandom(2_000_000) if method == "POST" else None
+    routed.admin.put({A: upstream(hold=20)})
+    with ThreadPoolExecutor() as pool, Backend("new") as new:
+        answers = [
+            pool.submit(request, routed.http_port, "/echo?x=1", method=method, body=body)
+            for _ in range(5)
+        ]
+        wait_until(lambda: in_flight(routed) == 5)
+        started = time.monotonic()
+        routed.admin.patch({A: upstream(new.peer(), hold=20)})
+        for answer in answers:
+            assert answer.result().status == 200
+            assert answer.result().body == (body or b"")
+        assert time.monotonic() - started < 2
+        assert {seen.path for seen in new.requests} == {"/echo?x=1"}
+    wait_until(lambda: held(routed, "resumed") == 5)
+    wait_until(lambda: in_flight(routed) == 0)
+
+
+def test_a_held_request_loses_its_context_root_once(proxy: Proxy) -> None:
+    proxy.admin.site(site(proxy.http_port, {"a.test": {"/app/!": A}}))
+    late = Backend("late", port=free_port())
+    proxy.admin.put({A: upstream(late.peer(), hold=20)})
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(request, proxy.http_port, "/app/app/x%20y?q=%2F")
+        wait_until(lambda: in_flight(proxy) == 1)
+        with late:
+            assert answer.result().text == "late"
+            assert late.requests[-1].path == "/app/x%20y?q=%2F"
+
+
+def test_a_held_request_goes_on_soon_after_the_peer_listens(routed: Proxy) -> None:
+    late = Backend("late", port=free_port())
+    routed.admin.put({A: upstream(late.peer(), hold=20)})
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(request, routed.http_port)
+        wait_until(lambda: in_flight(routed) == 1)
+        assert routed.admin.live(A) == {"late": "probing"}
+        with late:
+            started = time.monotonic()
+            assert answer.result().text == "late"
+            assert time.monotonic() - started < 1
+
+
+def test_the_hold_ends(routed: Proxy) -> None:
+    routed.admin.put({A: upstream(hold=0.5)})
+    started = time.monotonic()
+    answer = request(routed.http_port)
+    assert (answer.status, answer.headers["retry-after"]) == (503, "5")
+    assert 0.5 <= time.monotonic() - started < 3
+    wait_until(lambda: held(routed, "expired") == 1)
+
+
+def test_the_hold_ends_when_it_is_taken_back(routed: Proxy) -> None:
+    routed.admin.put({A: upstream(hold=60)})
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(request, routed.http_port)
+        wait_until(lambda: in_flight(routed) == 1)
+        routed.admin.patch({A: upstream(hold=0)})
+        assert answer.result(5).status == 503
+
+
+def test_the_only_peer_killed_and_replaced_fails_no_get(routed: Proxy) -> None:
+    with Backend("old") as old, Backend("new") as new:
+        routed.admin.put({A: upstream(old.peer(), hold=20)})
+        wait_until(lambda: routed.admin.live(A) == {"old": "up"})
+        with Load(routed.http_port, connections=8) as load:
+            wait_until(lambda: load.total >= 100)
+            old.kill()
+            time.sleep(0.2)  # the agent has not heard of it yet
+            routed.admin.patch({A: upstream(hold=20)})
+            time.sleep(0.3)  # the replacement is being scheduled
+            routed.admin.patch({A: upstream(new.peer(), hold=20)})
+            wait_until(lambda: load.names["new"] >= 100)
+        assert load.failed == {}
+
+
+def test_stop_first_update_of_one_replica_fails_nothing_with_retries_off(proxy: Proxy) -> None:
+    """Draining is seen before SIGTERM: requests are held from a while before the old one ends."""
+    proxy.admin.site(site(proxy.http_port, {"a.test": {"/": A}}, retries="off"))
+    with Backend("old") as old:
+        proxy.admin.put({A: upstream(old.peer(), hold=20)})
+        wait_until(lambda: proxy.admin.live(A) == {"old": "up"})
+        with Load(proxy.http_port, connections=4) as load:
+            wait_until(lambda: load.names["old"] > 50)
+            proxy.admin.patch({A: upstream(old.peer(state="draining"), hold=20)})
+            at = load.names["old"]
+            wait_until(lambda: load.names["old"] > at + 50)  # the last resort, for now
+            wait_until(lambda: in_flight(proxy) == 4, what="all requests held")
+            old.kill()
+            proxy.admin.patch({A: upstream(hold=20)})
+            with Backend("new") as new:
+                proxy.admin.patch({A: upstream(new.peer(), hold=20)})
+                wait_until(lambda: load.names["new"] > 50)
+                load.stop()
+        assert load.failed == {}
+
+
+def test_a_client_that_leaves_frees_its_place(routed: Proxy) -> None:
+    routed.admin.put({A: upstream(hold=60)})
+    with socket.create_connection(("127.0.0.1", routed.http_port)) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: a.test\r\n\r\n")
+        wait_until(lambda: in_flight(routed) == 1)
+    wait_until(lambda: in_flight(routed) == 0, timeout=5)
+
+
+def test_refusing_peers_are_not_waited_for_as_long(routed: Proxy) -> None:
+    with Backend("gone") as gone:
+        routed.admin.put({A: upstream(gone.peer(), hold=60)})
+        wait_until(lambda: routed.admin.live(A) == {"gone": "up"})
+    started = time.monotonic()
+    assert request(routed.http_port).status == 502
+    assert 2 < time.monotonic() - started < 6
+
+
+def test_a_refusing_peer_that_comes_back_within_the_hold_fails_nothing(routed: Proxy) -> None:
+    with Backend("back") as back:
+        routed.admin.put({A: upstream(back.peer(), hold=60)})
+        wait_until(lambda: routed.admin.live(A) == {"back": "up"})
+        back.kill()
+        with ThreadPoolExecutor() as pool:
+            answer = pool.submit(request, routed.http_port, "/echo", method="POST", body=b"once")
+            wait_until(lambda: in_flight(routed) == 1)
+            back.listen()
+            assert (answer.result().status, answer.result().body) == (200, b"once")
+        assert len(back.requests) == 1
+
+
+def test_held_requests_survive_a_reload(routed: Proxy) -> None:
+    routed.admin.put({A: upstream(hold=30)})
+    with ThreadPoolExecutor() as pool, Backend("new") as new:
+        answer = pool.submit(request, routed.http_port)
+        wait_until(lambda: in_flight(routed) == 1)
+        files = site(routed.http_port, {"a.test": {"/": A}, "b.test": {"/": A}})
+        assert routed.admin.site(files).status == 200
+        routed.admin.patch({A: upstream(new.peer(), hold=30)})
+        assert answer.result().text == "new"
+
+
+def test_held_over_http2(proxy: Proxy) -> None:
+    import shutil
+    import subprocess
+
+    from tests.conftest import require
+
+    require(shutil.which("curl"), "curl")
+    version = subprocess.run(["curl", "--version"], capture_output=True, text=True).stdout
+    require("HTTP2" in version, "curl with HTTP/2")
+    port = free_port()
+    files = site(proxy.http_port, {"a.test": {"/": A}})
+    files["two.conf"] = f"""
+server {{
+    listen {port} http2;
+    server_name a.test;
+    include conf.d/server.inc;
+    location / {{
+        set $tidegate_upstream "{A}";
+        include conf.d/proxy.inc;
+        proxy_pass http://tidegate;
+    }}
+}}
+"""
+    assert proxy.admin.site(files).status == 200
+    proxy.admin.put({A: upstream(hold=30)})
+    command = ["curl", "-s", "--http2-prior-knowledge", "-H", "Host: a.test", "--data", "two"]
+    command += [f"http://127.0.0.1:{port}/echo"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as client, backends(1) as (new,):
+        wait_until(lambda: in_flight(proxy) == 1)
+        proxy.admin.patch({A: upstream(new.peer(), hold=30)})
+        assert client.communicate(timeout=20)[0] == b"two"

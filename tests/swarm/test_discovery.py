@@ -1,0 +1,320 @@
+"""Discovery on a real Swarm and on a real engine: in both modes, through restarts."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from agent.config.settings import Settings
+from agent.discovery import Source, build_sources
+from agent.model import Instance, InstanceState, SourceSnapshot, Workload
+from tests.lab import Lab, Node, wait_for
+from tests.lab.builder import APP, docker_command
+
+pytestmark = pytest.mark.timeout(240)
+
+NET = "discovery-net"
+WEB = "discovery-web"
+
+
+class Follower:
+    """A running source, and when it published what."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.published: list[tuple[float, SourceSnapshot]] = []
+
+    def publish(self, snapshot: SourceSnapshot) -> None:
+        self.published.append((time.time(), snapshot))
+
+    def workload(self, name: str = WEB) -> Workload | None:
+        if not self.published:
+            return None
+        workloads = self.published[-1][1].workloads.values()
+        return next((w for w in workloads if w.name == name), None)
+
+    def instances(self, state: InstanceState, name: str = WEB) -> list[Instance]:
+        workload = self.workload(name)
+        return [i for i in workload.instances if i.state is state] if workload else []
+
+    def up(self, count: int, name: str = WEB) -> bool:
+        """That many are up, and nothing drains."""
+        return len(self.instances(InstanceState.UP, name)) == count and not self.instances(
+            InstanceState.DRAINING, name
+        )
+
+    def first_seen(self, identity: str, state: InstanceState) -> float:
+        """Unix time at which an instance was first published in a state."""
+        for at, snapshot in self.published:
+            for workload in snapshot.workloads.values():
+                for instance in workload.instances:
+                    if (instance.id, instance.state) == (identity, state):
+                        return at
+        raise AssertionError(f"{identity} was never {state}")
+
+
+def settings(node: Node, **fields: object) -> Settings:
+    values = {"docker_url": f"unix://{node.socket}", "watch_socket": str(node.control_socket)}
+    return Settings(**(values | fields))  # type: ignore[arg-type]
+
+
+@contextmanager
+def following(options: Settings) -> Iterator[Follower]:
+    (source,) = build_sources(options)
+    follower, stop = Follower(source), threading.Event()
+    thread = threading.Thread(target=source.run, args=(follower.publish, stop))
+    thread.start()
+    try:
+        wait_for(lambda: follower.published, 20, "a first snapshot")
+        yield follower
+    finally:
+        stop.set()
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@contextmanager
+def signals(lab: Lab) -> Iterator[dict[str, float]]:
+    """When each task's container was sent its stop signal, by task id, from the nodes' events."""
+    heard: dict[str, float] = {}
+
+    def read(stream: subprocess.Popen[str]) -> None:
+        assert stream.stdout is not None
+        for line in stream.stdout:
+            event = json.loads(line)
+            task = event["Actor"]["Attributes"].get("com.docker.swarm.task.id")
+            if task:
+                heard.setdefault(task, event["timeNano"] / 1e9)
+
+    arguments = ("events", "--filter=event=kill", "--format={{json .}}")
+    streams = [
+        subprocess.Popen(
+            [docker_command(), f"--host=unix://{node.socket}", *arguments],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for node in lab.nodes
+    ]
+    for stream in streams:
+        threading.Thread(target=read, args=(stream,), daemon=True).start()
+    try:
+        yield heard
+    finally:
+        for stream in streams:
+            stream.terminate()
+            stream.wait()
+
+
+@pytest.fixture(name="swarm")
+def _swarm(lab: Lab) -> Iterator[Lab]:
+    """An empty Swarm with one service of two tasks."""
+    lab.reset()
+    lab.create_overlay(NET)
+    create(lab, WEB, "--replicas=2", "--label=interlock.hostname=web")
+    yield lab
+    lab.reset()
+
+
+def create(lab: Lab, name: str, *options: str) -> None:
+    arguments = ["--no-resolve-image", "--detach", f"--name={name}", f"--network={NET}"]
+    lab.docker(lab.manager, "service", "create", *arguments, *options, APP)
+
+
+def service(lab: Lab, *arguments: str) -> None:
+    lab.docker(lab.manager, "service", *arguments)
+
+
+@pytest.fixture(name="follower", params=["watch", "poll"])
+def _follower(swarm: Lab, request: pytest.FixtureRequest) -> Iterator[Follower]:
+    watch = "on" if request.param == "watch" else "off"
+    with following(settings(swarm.manager, watch=watch)) as follower:
+        assert follower.source.status.mode == request.param
+        wait_for(lambda: follower.up(2), 40, "two tasks up")
+        yield follower
+
+
+@pytest.mark.parametrize("order", ["stop-first", "start-first"])
+def test_in_an_update_every_task_drains_before_it_is_told_to_stop(
+    swarm: Lab, follower: Follower, order: str
+) -> None:
+    old = {instance.id for instance in follower.instances(InstanceState.UP)}
+    with signals(swarm) as signalled:
+        service(swarm, "update", "--force", "--detach", f"--update-order={order}", WEB)
+        wait_for(lambda: follower.up(2) and not old & _ids(follower), 60, "both tasks are replaced")
+        wait_for(lambda: old <= signalled.keys(), 10, "both were signalled")
+    for task in old:
+        lead = signalled[task] - follower.first_seen(task, InstanceState.DRAINING)
+        assert lead > 1.0, f"task {task} was known to end only {lead:.2f} s before its signal"
+
+
+def test_scaling_and_labels(swarm: Lab, follower: Follower) -> None:
+    service(swarm, "scale", "--detach", f"{WEB}=3")
+    wait_for(lambda: follower.up(3), 30, "three up")
+    workload = follower.workload()
+    assert workload is not None
+    assert workload.wanted == 3
+    assert workload.networks == (NET,)
+    service(swarm, "scale", "--detach", f"{WEB}=0")
+    wait_for(lambda: len(follower.instances(InstanceState.DRAINING)) == 3, 10, "all drain at once")
+    wait_for(lambda: _wanted(follower) == 0 and not _ids(follower), 30, "none left")
+    service(swarm, "update", "--detach", "--label-add=interlock.weight=7", WEB)
+    wait_for(
+        lambda: (w := follower.workload()) and w.labels.get("interlock.weight") == "7",
+        10,
+        "the label",
+    )
+
+
+def test_a_service_that_is_removed_goes_and_comes_back(swarm: Lab, follower: Follower) -> None:
+    service(swarm, "rm", WEB)
+    wait_for(lambda: follower.workload() is None, 10, "the service is gone")
+    create(swarm, WEB, "--replicas=1", "--publish=mode=host,target=8080,published=18099")
+    wait_for(lambda: follower.up(1), 30, "it is back")
+    (instance,) = follower.instances(InstanceState.UP)
+    assert [(p.target, p.published) for p in instance.published] == [(8080, 18099)]
+    assert instance.node_address in {node.address for node in swarm.nodes}
+    assert [a.network for a in instance.attachments] == [NET]
+
+
+def test_tasks_of_a_drained_node_drain_and_come_up_elsewhere(
+    swarm: Lab, follower: Follower
+) -> None:
+    create(swarm, "discovery-everywhere", "--mode=global")
+    wait_for(lambda: follower.up(2, "discovery-everywhere"), 30, "one on each node")
+    worker = swarm.workers[0]
+    swarm.docker(swarm.manager, "node", "update", "--availability=drain", worker.name)
+    wait_for(
+        lambda: any(
+            i.node == worker.name
+            for i in follower.instances(InstanceState.DRAINING, "discovery-everywhere")
+        ),
+        10,
+        "the worker's task drains",
+    )
+    wait_for(
+        lambda: (
+            follower.up(2)
+            and follower.up(1, "discovery-everywhere")
+            and _wanted(follower, "discovery-everywhere") == 1
+        ),
+        40,
+        "all on the manager",
+    )
+    nodes = {i.node for i in follower.instances(InstanceState.UP)}
+    assert nodes == {swarm.manager.name}
+
+
+def test_a_restarted_manager_is_found_again_and_nothing_shrinks_meanwhile(
+    swarm: Lab, follower: Follower
+) -> None:
+    names = {w.name for w in follower.published[-1][1].workloads.values()}
+    mode = follower.source.status.mode
+    since = len(follower.published)
+    # Killed, so that its containers go on: all that there was is still there.
+    swarm.stop_dockerd(swarm.manager, signal.SIGKILL)
+    wait_for(lambda: follower.source.status.last_error, 10, "the loss is noticed")
+    assert not follower.source.status.connected
+    assert len(follower.published) == since
+    swarm.start_dockerd(swarm.manager)
+    swarm.wait_ready()
+    wait_for(lambda: not follower.source.status.last_error, 30, "it is connected again")
+    wait_for(lambda: follower.source.status.mode == mode, 30, f"{mode} mode again")
+    service(swarm, "update", "--detach", "--label-add=after=restart", WEB)
+    wait_for(
+        lambda: (w := follower.workload()) and w.labels.get("after") == "restart", 20, "the label"
+    )
+    for _, snapshot in follower.published[since:]:
+        assert {w.name for w in snapshot.workloads.values()} >= names
+
+
+def test_without_the_socket_it_polls_and_says_why(swarm: Lab) -> None:
+    with following(settings(swarm.manager, watch_socket="/nonexistent/control.sock")) as follower:
+        status = follower.source.status
+        assert status.mode == "poll"
+        assert "there is no socket /nonexistent/control.sock" in status.mode_reason
+
+
+def test_a_lost_nodes_tasks_are_gone(swarm: Lab) -> None:
+    create(swarm, "discovery-everywhere", "--mode=global")
+    worker = swarm.workers[0]
+    with following(settings(swarm.manager)) as follower:
+        wait_for(lambda: follower.up(2, "discovery-everywhere"), 30, "one on each node")
+        swarm.stop_dockerd(worker, signal.SIGKILL)
+        wait_for(
+            lambda: (
+                [i.node for i in follower.instances(InstanceState.UP, "discovery-everywhere")]
+                == [swarm.manager.name]
+            ),
+            60,
+            "the lost node's task takes no traffic",
+        )
+        swarm.start_dockerd(worker)
+        wait_for(lambda: follower.up(2, "discovery-everywhere"), 60, "it is back")
+
+
+def test_a_worker_says_where_to_go(swarm: Lab) -> None:
+    (source,) = build_sources(settings(swarm.workers[0]))
+    with pytest.raises(Exception, match="run the agent on a manager"):
+        source.read_once()
+
+
+class TestPlainEngine:
+    """A worker's dockerd, seen as an engine of its own."""
+
+    @pytest.fixture(name="docker")
+    def _docker(self, swarm: Lab) -> Callable[..., str]:
+        return lambda *arguments: swarm.docker(swarm.workers[0], *arguments)
+
+    @pytest.fixture(name="engine")
+    def _engine(self, swarm: Lab) -> Iterator[Follower]:
+        with following(settings(swarm.workers[0], sources=("engine",))) as follower:
+            yield follower
+
+    def test_a_container_drains_from_its_signal_to_its_end(
+        self, docker: Callable[..., str], engine: Follower
+    ) -> None:
+        docker("run", "--detach", "--name=plain-1", "--publish=18077:8080", APP)
+        wait_for(lambda: engine.up(1, "plain-1"), 10, "it is up")
+        (instance,) = engine.instances(InstanceState.UP, "plain-1")
+        assert [(p.target, p.published, p.host) for p in instance.published] == [(8080, 18077, "")]
+        assert [a.network for a in instance.attachments] == ["bridge"]
+        docker("stop", "--time=5", "plain-1")
+        wait_for(lambda: engine.workload("plain-1") is None, 10, "it is gone")
+        assert engine.first_seen(instance.id, InstanceState.DRAINING)
+        docker("start", "plain-1")
+        wait_for(lambda: engine.up(1, "plain-1"), 10, "it is up again")
+        docker("rename", "plain-1", "plain-2")
+        wait_for(lambda: engine.up(1, "plain-2"), 10, "its new name")
+        docker("network", "connect", NET, "plain-2")
+        wait_for(
+            lambda: (w := engine.workload("plain-2")) and w.networks == ("bridge", NET),
+            10,
+            "its second network",
+        )
+
+    def test_health_decides(self, docker: Callable[..., str], engine: Follower) -> None:
+        check = ("--health-cmd=test -e /tmp/ok", "--health-interval=500ms", "--health-retries=1")
+        docker("run", "--detach", "--name=checked", "--health-start-period=60s", *check, APP)
+        wait_for(lambda: engine.instances(InstanceState.WAITING, "checked"), 10, "it waits")
+        docker("exec", "checked", "touch", "/tmp/ok")
+        wait_for(lambda: engine.up(1, "checked"), 10, "healthy")
+        docker("exec", "checked", "rm", "/tmp/ok")
+        wait_for(lambda: engine.instances(InstanceState.WAITING, "checked"), 10, "unhealthy")
+
+
+def _ids(follower: Follower) -> set[str]:
+    workload = follower.workload()
+    live = workload.instances if workload else ()
+    return {instance.id for instance in live if instance.state is not InstanceState.GONE}
+
+
+def _wanted(follower: Follower, name: str = WEB) -> int | None:
+    workload = follower.workload(name)
+    return workload.wanted if workload else None

@@ -1,0 +1,324 @@
+"""The command line: exit codes and messages that say what, where, why and the cure."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from agent import __version__
+from agent.cli import NEGATIVE, OK, UNREACHABLE, USAGE, main
+from agent.http import Listener, as_json
+
+STATIC = """\
+[[service]]
+name = "web"
+[service.labels]
+"interlock.hostname" = "web"
+"interlock.domain" = "test"
+[[service.peer]]
+address = "192.0.2.1"
+port = 80
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_settings_in_the_environment(monkeypatch):
+    for name in ("INTERLOCK_CONFIG", "TIDEGATE_CONFIG", "DOCKER_HOST"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    (tmp_path / "services.toml").write_text(STATIC)
+    path = tmp_path / "config.toml"
+    path.write_text(f'Sources = ["static"]\nStaticFile = "{tmp_path}/services.toml"\n')
+    return path
+
+
+def tidegate(*arguments: object) -> Result:
+    result = CliRunner().invoke(main, [str(item) for item in arguments], prog_name="tidegate")
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+@pytest.mark.parametrize("arguments", [["version"], ["--version"], ["-v"]])
+def test_the_version_in_each_way_that_interlock_had(arguments):
+    result = tidegate(*arguments)
+    assert (result.exit_code, result.stdout) == (OK, f"tidegate {__version__}\n")
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_lists_every_command(flag):
+    result = tidegate(flag)
+    assert result.exit_code == OK
+    for command in ("run", "check", "status", "plan", "explain", "version"):
+        assert f"\n  {command}" in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [["fly"], ["run", "--wings"], ["explain"]])
+def test_a_usage_error_is_exit_code_2(arguments):
+    assert tidegate(*arguments).exit_code == USAGE
+
+
+@pytest.mark.parametrize("command", [["run"], ["check"], ["status"], ["plan"], ["explain", "x"]])
+def test_settings_that_cannot_be_used_are_told_line_by_line_with_exit_code_2(command, tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text("ListenAddr = 5\nPollInterval = 'soon'\n")
+    result = tidegate(*command, "-c", path)
+    assert result.exit_code == USAGE
+    first, second = result.stderr.strip().splitlines()
+    assert first.startswith(f"tidegate: {path}: ListenAddr: got 5")
+    assert second.startswith(f"tidegate: {path}: PollInterval: got 'soon'")
+
+
+def test_a_missing_settings_file_is_named(tmp_path):
+    result = tidegate("run", "-c", tmp_path / "none.toml")
+    assert result.exit_code == USAGE
+    assert "none.toml: cannot be read: No such file" in result.stderr
+
+
+def test_without_settings_the_defaults_are_in_force_and_that_is_said():
+    result = tidegate("plan")
+    assert "the built-in defaults are in force" in result.stderr
+
+
+def test_the_environment_beats_the_option(monkeypatch, tmp_path):
+    monkeypatch.setenv("INTERLOCK_CONFIG", "ListenAddr = 5")
+    result = tidegate("run", "-c", tmp_path / "none.toml")
+    assert "environment variable INTERLOCK_CONFIG: ListenAddr" in result.stderr
+
+
+def test_run_on_a_port_that_is_taken_says_so(config):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        config.write_text(config.read_text() + f'ListenAddr = "127.0.0.1:{port}"\n')
+        done = subprocess.run(
+            [sys.executable, "-m", "agent.cli", "run", "-c", str(config)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            cwd=Path(__file__).resolve().parents[2],
+        )
+    assert done.returncode == USAGE
+    assert "cannot be listened on" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# check
+
+
+def test_check_of_a_good_setup_is_exit_code_0(config):
+    result = tidegate("check", "-c", config)
+    assert result.exit_code == OK, result.stdout
+    assert f"ok       settings: read from {config}" in result.stdout
+    assert "ok       source static: 1 workloads" in result.stdout
+    assert "warning  OpenResty: no instance is known" in result.stdout
+
+
+def test_check_tells_an_unknown_key_and_strict_fails_on_it(config):
+    config.write_text("Frobnicate = 1\n" + config.read_text())
+    lax, strict = tidegate("check", "-c", config), tidegate("check", "-c", config, "--strict")
+    assert "warning  settings" in lax.stdout
+    assert "Frobnicate" in lax.stdout
+    assert lax.exit_code == OK
+    assert "failed   settings" in strict.stdout
+    assert strict.exit_code == NEGATIVE
+
+
+def test_check_finds_each_fault_and_gives_its_cure(config, free_port, tmp_path):
+    port = free_port()
+    config.write_text(
+        config.read_text()
+        + f"""
+        ListenAddr = "nonsense"
+        [OpenResty]
+        TokenFile = "{tmp_path}/no-token"
+        URLs = ["http://127.0.0.1:{port}"]
+        """
+    )
+    (tmp_path / "services.toml").write_text("[[service]]\nname = 5\n[nonsense]\n")
+    result = tidegate("check", "-c", config, "--json")
+    assert result.exit_code == NEGATIVE
+    findings = json.loads(result.stdout)["findings"]
+    failed = {item["subject"]: item for item in findings if item["level"] == "failed"}
+    assert set(failed) == {
+        "settings",
+        "token",
+        "source static",
+        f"OpenResty http://127.0.0.1:{port}",
+    }
+    assert "no-token cannot be read" in failed["token"]["text"]
+    assert all(item["cure"] for item in failed.values())
+
+
+def test_check_says_that_there_is_no_engine_and_how_to_do_without(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(f'DockerURL = "unix://{tmp_path}/docker.sock"\n')
+    result = tidegate("check", "-c", path)
+    assert result.exit_code == NEGATIVE
+    assert "failed   engine" in result.stdout
+    assert 'Sources = ["static"]' in result.stdout
+
+
+def test_check_tells_what_is_rejected_as_a_warning(config, tmp_path):
+    (tmp_path / "services.toml").write_text(STATIC.replace('"test"', '"a b"'))
+    result = tidegate("check", "-c", config)
+    assert result.exit_code == OK
+    assert "(invalid_host)" in result.stdout
+
+
+def test_check_tells_a_template_that_cannot_be_used(config, tmp_path):
+    (tmp_path / "default.conf.j2").write_text("{% nonsense %}")
+    config.write_text(
+        config.read_text() + f'[[Extensions]]\nName = "nginx"\nTemplatePath = "{tmp_path}"\n'
+    )
+    result = tidegate("check", "-c", config)
+    assert result.exit_code == NEGATIVE
+    assert "failed   templates" in result.stdout
+
+
+# status
+
+
+STATE = {
+    "version": "0.1.0",
+    "settings_from": "config.toml",
+    "ready": True,
+    "reasons": [],
+    "waiting_for": [],
+    "sources": [
+        {"name": "swarm", "mode": "watch", "age_seconds": 0.4, "events": 7, "error": "",
+         "mode_reason": ""}
+    ],
+    "upstreams": [
+        {"name": "web.test/", "peers": [{"address": "10.0.0.1", "port": 80, "state": "up"}]}
+    ],
+    "rejections": [
+        {"subject": "service [bad]", "reason": "no_port", "message": "no port", "hint": "name it"}
+    ],
+    "instances": [
+        {"name": "nginx.1", "state": "in_sync", "revision": 7, "generation": "ab" * 32,
+         "url": "http://10.0.0.9:8081", "error": ""}
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture
+def agent():
+    state = dict(STATE)
+    listener = Listener("127.0.0.1:0", {"/api/state": lambda: as_json(state)})
+    listener.start()
+    yield f"http://127.0.0.1:{listener.port}", state
+    listener.stop()
+
+
+def test_status_shows_sources_instances_upstreams_and_rejections(agent):
+    url, _ = agent
+    result = tidegate("status", "--url", url)
+    assert result.exit_code == OK, result.output
+    for text in ("watch", "nginx.1", "in_sync", "web.test/", "10.0.0.1:80", "service [bad]"):
+        assert text in result.stdout
+
+
+def test_status_as_json_is_what_the_agent_says(agent):
+    url, state = agent
+    assert json.loads(tidegate("status", "--url", url, "--json").stdout) == state
+
+
+def test_status_of_an_agent_that_is_not_ready_is_exit_code_1_with_the_reasons(agent):
+    url, state = agent
+    state.update(ready=False, reasons=["source swarm has not published yet"])
+    result = tidegate("status", "--url", url)
+    assert result.exit_code == NEGATIVE
+    assert "source swarm has not published yet" in result.stdout
+
+
+def test_status_asks_where_the_settings_say(agent, tmp_path):
+    url, _ = agent
+    path = tmp_path / "config.toml"
+    path.write_text(f'ListenAddr = ":{url.rpartition(":")[2]}"\n')
+    assert tidegate("status", "-c", path).exit_code == OK
+
+
+def test_status_without_an_agent_is_exit_code_3(free_port):
+    url = f"http://127.0.0.1:{free_port()}"
+    result = tidegate("status", "--url", url)
+    assert result.exit_code == UNREACHABLE
+    assert f"no agent answers at {url}/api/state" in result.stderr
+
+
+# plan and explain
+
+
+def test_plan_without_an_instance_says_that_nothing_would_be_pushed(config):
+    result = tidegate("plan", "-c", config)
+    assert result.exit_code == OK
+    assert "1 hosts, 1 upstreams, 0 rejections" in result.stdout
+    assert "nothing would be pushed" in result.stdout
+
+
+def test_plan_as_json_names_what_would_be_served(config):
+    found = json.loads(tidegate("plan", "-c", config, "--json").stdout)
+    assert found["hosts"] == ["web.test"]
+    assert found["upstreams"] == ["web.test/"]
+
+
+def test_plan_with_an_instance_that_is_away_is_exit_code_3(config, free_port):
+    port = free_port()
+    config.write_text(config.read_text() + f'[OpenResty]\nURLs = ["http://127.0.0.1:{port}"]\n')
+    result = tidegate("plan", "-c", config)
+    assert result.exit_code == UNREACHABLE
+    assert "cannot be asked" in result.stdout
+
+
+@pytest.mark.parametrize("command", [["plan"], ["explain", "web"]])
+def test_a_source_that_is_away_is_exit_code_3(command, tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(f'DockerURL = "unix://{tmp_path}/docker.sock"\n')
+    result = tidegate(*command, "-c", path)
+    assert result.exit_code == UNREACHABLE
+    assert result.stderr.startswith("tidegate: ")
+    assert "docker.sock" in result.stderr
+
+
+def test_explain_tells_the_steps_of_what_is_routed(config):
+    result = tidegate("explain", "web.test", "-c", config)
+    assert result.exit_code == OK
+    assert "web.test: routed" in result.stdout
+
+
+def test_explain_of_what_is_not_routed_is_exit_code_1_with_the_reason(config, tmp_path):
+    (tmp_path / "services.toml").write_text(STATIC.replace('"test"', '"a b"'))
+    result = tidegate("explain", "web", "-c", config)
+    assert result.exit_code == NEGATIVE
+    assert "not routed" in result.stdout
+
+
+def test_explain_of_nothing_suggests_what_was_meant(config):
+    result = tidegate("explain", "wep.test", "-c", config)
+    assert result.exit_code == NEGATIVE
+    assert "nothing is called wep.test" in result.stdout
+    assert "did you mean" in result.stdout
+
+
+def test_explain_as_json_can_be_parsed(config):
+    found = json.loads(tidegate("explain", "web.test", "-c", config, "--json").stdout)
+    assert found["routed"] is True
+
+
+def test_the_light_commands_do_not_load_the_heavy_libraries():
+    code = (
+        "import sys\nfrom agent.cli import main\n"
+        "try:\n    main(['version'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'grpc', 'docker', 'rich', 'jinja2'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[2]
+    )

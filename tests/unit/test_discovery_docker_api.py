@@ -1,0 +1,275 @@
+"""The engine's client: GET and nothing else, whole answers, our own errors."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import socketserver
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from agent.config.settings import Settings
+from agent.discovery import build_sources
+from agent.discovery.docker_api import CALLS, DockerEngine, read
+from agent.errors import DiscoveryError, DockerRefused, DockerUnavailable
+from tests.unit.discovery_fakes import following, recorded, swarm_engine
+
+pytestmark = pytest.mark.timeout(30)
+
+VERSION = {"Version": "29.0.1", "ApiVersion": "1.52", "MinAPIVersion": "1.44"}
+
+
+class Dockerd:
+    """Something that speaks HTTP on a unix socket; `answers` says what by path."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.requests: list[str] = []
+        self.answers: dict[str, Callable[[Any], None]] = {}
+        self.server: socketserver.ThreadingUnixStreamServer | None = None
+        self.start()
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(docker_url=f"unix://{self.path}", request_timeout=0.5)
+
+    def start(self) -> None:
+        dockerd = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def address_string(self) -> str:
+                return "unix"
+
+            def log_message(self, *arguments: Any) -> None:
+                return
+
+            def do_GET(self) -> None:
+                dockerd.requests.append(f"{self.command} {self.path}")
+                path = re.sub(r"^/v[\d.]+|\?.*", "", self.path)
+                answer = dockerd.answers.get(path)
+                if path == "/version":
+                    say(VERSION)(self)
+                elif answer:
+                    answer(self)
+                else:
+                    say({"message": f"page not found: {path}"}, status=404)(self)
+
+            do_POST = do_PUT = do_DELETE = do_HEAD = do_GET  # noqa: N815
+
+        self.server = socketserver.ThreadingUnixStreamServer(str(self.path), Handler)
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def stop(self) -> None:
+        if self.server:
+            self.server.shutdown()
+            self.server.server_close()
+            self.path.unlink()
+            self.server = None
+
+
+def say(answer: Any, *, status: int = 200) -> Callable[[Any], None]:
+    def write(handler: Any) -> None:
+        body = json.dumps(answer).encode()
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return write
+
+
+@pytest.fixture(name="dockerd")
+def _dockerd(tmp_path: Path) -> Iterator[Dockerd]:
+    dockerd = Dockerd(tmp_path / "docker.sock")
+    yield dockerd
+    dockerd.stop()
+
+
+def test_it_speaks_the_version_that_the_engine_has(dockerd: Dockerd) -> None:
+    dockerd.answers["/info"] = say({"Name": "node1"})
+    engine = DockerEngine(dockerd.settings)
+    assert (engine.version, engine.api_version, engine.host) == ("29.0.1", "1.52", "")
+    assert read(engine, "/info") == {"Name": "node1"}
+    assert dockerd.requests[-1] == "GET /v1.52/info"
+    engine.close()
+
+
+def test_filters_are_told_as_the_engine_wants_them(dockerd: Dockerd) -> None:
+    dockerd.answers["/tasks"] = say([])
+    engine = DockerEngine(dockerd.settings)
+    engine.get("/tasks", filters={"desired-state": ("running", "ready")})
+    assert dockerd.requests[-1].endswith(
+        "/tasks?filters=%7B%22desired-state%22%3A+%5B%22running%22%2C+%22ready%22%5D%7D"
+    )
+    engine.close()
+
+
+def test_events_come_as_they_happen_and_end_from_another_thread(dockerd: Dockerd) -> None:
+    more = threading.Event()
+
+    def stream(handler: Any) -> None:
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        for number in (1, 2):
+            line = json.dumps({"Type": "service", "n": number}).encode() + b"\n"
+            handler.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
+            handler.wfile.flush()
+            more.wait(10)
+        time.sleep(10)
+
+    dockerd.answers["/events"] = stream
+    engine = DockerEngine(dockerd.settings)
+    events = engine.events({"type": ("service", "node")})
+    heard = iter(events)
+    assert next(heard)["n"] == 1
+    # Silence longer than the timeout of a request is no failure of a stream.
+    time.sleep(0.7)
+    more.set()
+    assert next(heard)["n"] == 2
+    threading.Timer(0.05, events.close).start()
+    started = time.monotonic()
+    assert list(heard) == []
+    assert time.monotonic() - started < 5
+    assert "%22type%22%3A+%5B%22service%22%2C+%22node%22%5D" in dockerd.requests[-1]
+    engine.close()
+
+
+@pytest.mark.parametrize("source_name", ["swarm", "engine"])
+def test_a_source_gets_what_is_promised_and_nothing_else(
+    dockerd: Dockerd, source_name: Literal["swarm", "engine"]
+) -> None:
+    fakes = swarm_engine()
+    containers = [recorded(f"engine/{name}") for name in ("web-1", "proxy-1", "checked-1")]
+    fakes.answers["/containers/json"] = recorded("engine/containers")
+    fakes.answers |= {f"/containers/{raw['Id']}/json": raw for raw in containers}
+    dockerd.answers = {path: say(answer) for path, answer in fakes.answers.items()}
+    dockerd.answers["/events"] = endless
+    settings = dockerd.settings.model_copy(
+        update={"sources": (source_name,), "poll_interval": 0.02, "watch_socket": "/nonexistent"}
+    )
+    (source,) = build_sources(settings)
+    with following(source) as follower:
+        follower.until(lambda: follower.snapshots)
+        follower.until(lambda: any("/events" in request for request in dockerd.requests))
+        if source_name == "swarm":
+            follower.until(lambda: any("desired-state" in r for r in dockerd.requests))
+    promised = "|".join(re.escape(call).replace(r"\{id\}", r"\w+") for call in CALLS)
+    for request in dockerd.requests:
+        assert re.fullmatch(rf"GET (/v1\.52)?({promised})(\?.*)?", request), request
+
+
+def endless(handler: Any) -> None:
+    """A stream without events."""
+    handler.send_response(200)
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    handler.wfile.flush()
+    handler.rfile.read(1)
+
+
+def test_what_the_engine_refuses_is_told_in_its_words(dockerd: Dockerd) -> None:
+    dockerd.answers["/swarm"] = say({"message": "This node is not a swarm manager."}, status=503)
+    engine = DockerEngine(dockerd.settings)
+    with pytest.raises(DockerRefused, match="GET /swarm: This node is not") as refused:
+        engine.get("/swarm")
+    assert refused.value.status == 503
+    engine.close()
+
+
+def test_half_an_answer_is_none(dockerd: Dockerd) -> None:
+    def half(handler: Any) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", "1000")
+        handler.end_headers()
+        handler.wfile.write(b"[]")
+        handler.wfile.flush()
+        handler.connection.shutdown(socket.SHUT_RDWR)
+
+    dockerd.answers["/tasks"] = half
+    engine = DockerEngine(dockerd.settings)
+    with pytest.raises(DockerUnavailable):
+        engine.get("/tasks")
+    engine.close()
+
+
+def test_what_is_no_json_is_no_answer(dockerd: Dockerd) -> None:
+    def html(handler: Any) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", "6")
+        handler.end_headers()
+        handler.wfile.write(b"<html>")
+
+    dockerd.answers["/tasks"] = html
+    engine = DockerEngine(dockerd.settings)
+    with pytest.raises(DockerUnavailable, match="/tasks is not JSON"):
+        read(engine, "/tasks")
+    engine.close()
+
+
+def test_an_engine_that_hangs_is_given_up(dockerd: Dockerd) -> None:
+    dockerd.answers["/tasks"] = lambda handler: time.sleep(3)
+    engine = DockerEngine(dockerd.settings)
+    with pytest.raises(DockerUnavailable, match="did not answer in time"):
+        engine.get("/tasks")
+    engine.close()
+
+
+def test_a_restarted_engine_is_found_by_its_path(dockerd: Dockerd) -> None:
+    dockerd.answers["/info"] = say({})
+    first = DockerEngine(dockerd.settings)
+    first.get("/info")
+    first.close()
+    dockerd.stop()
+    with pytest.raises(DockerUnavailable, match="there is no such socket; mount it"):
+        DockerEngine(dockerd.settings)
+    dockerd.start()
+    again = DockerEngine(dockerd.settings)
+    assert again.get("/info") == b"{}"
+    again.close()
+
+
+def test_a_socket_without_a_listener_tells_about_mounted_socket_files(tmp_path: Path) -> None:
+    path = tmp_path / "docker.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    with pytest.raises(DockerUnavailable, match="mount its directory instead"):
+        DockerEngine(Settings(docker_url=f"unix://{path}"))
+
+
+def test_a_refused_tcp_connection_names_the_engine(free_port: Callable[[], int]) -> None:
+    url = f"tcp://127.0.0.1:{free_port()}"
+    with pytest.raises(DockerUnavailable, match=rf"{url} cannot be reached: Connection refused"):
+        DockerEngine(Settings(docker_url=url))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"docker_url": "gopher://engine"},
+        {"docker_url": "tcp://127.0.0.1:1", "tls_ca_cert": "/nonexistent/ca.pem"},
+    ],
+)
+def test_what_can_never_work_is_told(settings: dict[str, str]) -> None:
+    with pytest.raises(DiscoveryError, match="cannot be") as caught:
+        DockerEngine(Settings(**settings))  # type: ignore[arg-type]
+    assert settings["docker_url"] in str(caught.value)
+
+
+def test_dockers_environment_counts_where_the_settings_are_silent(
+    dockerd: Dockerd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{dockerd.path}")
+    engine = DockerEngine(Settings())
+    assert engine.version == "29.0.1"
+    engine.close()

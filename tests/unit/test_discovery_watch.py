@@ -1,0 +1,291 @@
+"""SwarmKit's Watch over gRPC: a server of our own on a unix socket, with a manager's TLS."""
+
+from __future__ import annotations
+
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent import futures
+from pathlib import Path
+
+import grpc
+import pytest
+
+from agent.discovery.cluster import Change, Network, Node, Service, Task, TaskState
+from agent.discovery.proto import watch_pb2 as pb
+from agent.discovery.swarm_watch import METHOD, opener
+from agent.errors import WatchCompacted, WatchUnavailable
+from agent.model import PublishedPort
+
+ROOT = Path(__file__).parents[2]
+OVERLAY = pb.Network(
+    id="net",
+    meta=pb.Meta(version=pb.Version(index=3)),
+    spec=pb.NetworkSpec(
+        annotations=pb.Annotations(name="edge"), driver_config=pb.Driver(name="overlay")
+    ),
+)
+
+
+class Manager:
+    """The Watch service of a manager, as far as a client can tell."""
+
+    def __init__(self, directory: Path) -> None:
+        self.socket = str(directory / "control.sock")
+        self.requests: list[pb.WatchRequest] = []
+        self.compacted = False
+        self.silent = threading.Event()
+        self._messages: queue.SimpleQueue[pb.WatchMessage | None] = queue.SimpleQueue()
+        self.root = _certificate(directory, "swarm-manager")
+        self._server = grpc.server(futures.ThreadPoolExecutor(4))
+        self._server.add_generic_rpc_handlers((_Handlers(self._watch),))
+        pair = ((directory / "key.pem").read_bytes(), self.root.encode())
+        self._server.add_secure_port(f"unix:{self.socket}", grpc.ssl_server_credentials([pair]))
+        self._server.start()
+
+    def send(self, *events: tuple[int, pb.Object], version: int = 0) -> None:
+        items = [pb.WatchMessage.Event(action=action, object=o) for action, o in events]
+        self._messages.put(pb.WatchMessage(events=items, version=pb.Version(index=version)))
+
+    def end(self) -> None:
+        self._messages.put(None)
+
+    def stop(self) -> None:
+        self.end()
+        self._server.stop(0).wait()
+
+    def _watch(
+        self, request: pb.WatchRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.WatchMessage]:
+        self.requests.append(request)
+        if self.compacted and request.resume_from.index:
+            context.abort(grpc.StatusCode.UNKNOWN, "changes are no longer available")
+        if self.silent.is_set():
+            self._messages.get()
+            return
+        yield pb.WatchMessage()
+        while (message := self._messages.get()) is not None:
+            yield message
+
+
+class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
+    def __init__(self, watch: object) -> None:
+        self._watch = watch
+
+    def service(self, details: grpc.HandlerCallDetails) -> object:
+        if details.method != METHOD:
+            return None
+        return grpc.unary_stream_rpc_method_handler(
+            self._watch,
+            request_deserializer=pb.WatchRequest.FromString,
+            response_serializer=pb.WatchMessage.SerializeToString,
+        )
+
+
+def _certificate(directory: Path, name: str) -> str:
+    directory.mkdir(exist_ok=True)
+    command = (
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -batch"
+        f" -subj /CN={name} -addext subjectAltName=DNS:{name} -keyout key.pem -out cert.pem"
+    )
+    subprocess.run(
+        command.split(),
+        cwd=directory,
+        check=True,
+        capture_output=True,
+    )
+    return (directory / "cert.pem").read_text()
+
+
+@pytest.fixture(name="manager")
+def _manager(tmp_path: Path) -> Iterator[Manager]:
+    manager = Manager(tmp_path)
+    yield manager
+    manager.stop()
+
+
+def test_it_asks_for_tasks_services_nodes_and_networks_from_now_on(manager: Manager) -> None:
+    opener(manager.socket, timeout=5)(manager.root, 0).close()
+    (request,) = manager.requests
+    assert {entry.kind: entry.action for entry in request.entries} == {
+        "task": 7,
+        "service": 7,
+        "node": 7,
+        "network": 7,
+    }
+    assert not request.HasField("resume_from")
+
+
+def test_a_transaction_becomes_changes_in_their_order(manager: Manager) -> None:
+    watch = opener(manager.socket, timeout=5)(manager.root, 0)
+    meta = pb.Meta(version=pb.Version(index=8), created_at=pb.Timestamp(seconds=5, nanos=500000000))
+    port = pb.PortConfig(target_port=8080, published_port=18080, publish_mode=1)
+    task = pb.Task(
+        id="t1",
+        meta=meta,
+        service_id="s1",
+        slot=2,
+        node_id="n1",
+        status=pb.TaskStatus(state=512, port_status=pb.PortStatus(ports=[port, port])),
+        desired_state=640,
+        networks=[pb.NetworkAttachment(network=OVERLAY, addresses=["10.0.1.7/24"])],
+    )
+    service = pb.Service(
+        id="s1",
+        meta=meta,
+        spec=pb.ServiceSpec(
+            annotations=pb.Annotations(name="web", labels={"a": "b"}),
+            task=pb.TaskSpec(
+                container=pb.ContainerSpec(labels={"c": "d"}),
+                networks=[pb.NetworkAttachmentConfig(target="net")],
+            ),
+            replicated=pb.ReplicatedService(replicas=3),
+            endpoint=pb.EndpointSpec(
+                ports=[pb.PortConfig(target_port=80), pb.PortConfig(target_port=53, protocol=1)]
+            ),
+        ),
+    )
+    node = pb.Node(
+        id="n1",
+        meta=meta,
+        description=pb.NodeDescription(hostname="host1"),
+        status=pb.NodeStatus(state=1, addr="0.0.0.0"),
+    )
+    manager.send(
+        (2, pb.Object(service=service)),
+        (1, pb.Object(task=task)),
+        (2, pb.Object(node=node)),
+        (4, pb.Object(task=task)),
+        version=9,
+    )
+    transaction = watch.next(5)
+    watch.close()
+    assert transaction is not None
+    assert transaction.version == 9
+    record = Task(
+        id="t1",
+        version=8,
+        service="s1",
+        slot=2,
+        node="n1",
+        state=TaskState.RUNNING,
+        desired=TaskState.SHUTDOWN,
+        error="",
+        addresses=(("net", "10.0.1.7"),),
+        published=(PublishedPort(8080, 18080),),
+    )
+    network = Change("network", Network("net", 3, "edge", "overlay", ingress=False))
+    expected = Service("s1", 8, "web", 5.5, {"a": "b"}, {"c": "d"}, ("net",), (80,), 3, job=False)
+    assert transaction.changes == (
+        Change("service", expected),
+        network,
+        Change("task", record),
+        Change("node", Node("n1", 8, "host1", "", down=True)),
+        network,
+        Change("task", record, removed=True),
+    )
+
+
+@pytest.mark.parametrize(
+    ("spec", "replicas", "job"),
+    [
+        (pb.ServiceSpec(**{"global": pb.GlobalService()}), None, False),
+        (pb.ServiceSpec(replicated=pb.ReplicatedService(replicas=0)), 0, False),
+        (pb.ServiceSpec(), None, True),
+    ],
+)
+def test_modes_of_a_service(
+    manager: Manager, spec: pb.ServiceSpec, replicas: int | None, job: bool
+) -> None:
+    watch = opener(manager.socket, timeout=5)(manager.root, 0)
+    manager.send((1, pb.Object(service=pb.Service(id="s1", spec=spec))))
+    transaction = watch.next(5)
+    watch.close()
+    assert transaction is not None
+    (change,) = transaction.changes
+    assert isinstance(change.record, Service)
+    assert (change.record.replicas, change.record.job) == (replicas, job)
+
+
+def test_nothing_new_is_nothing(manager: Manager) -> None:
+    watch = opener(manager.socket, timeout=5)(manager.root, 0)
+    assert watch.next(0.01) is None
+    watch.close()
+
+
+def test_an_ended_stream_is_told_to_everybody_who_asks(manager: Manager) -> None:
+    watch = opener(manager.socket, timeout=5)(manager.root, 0)
+    manager.end()
+    for _ in range(2):
+        with pytest.raises(WatchUnavailable, match="ended the watch"):
+            watch.next(5)
+    watch.close()
+
+
+def test_a_manager_that_dies_breaks_the_stream(manager: Manager) -> None:
+    watch = opener(manager.socket, timeout=5)(manager.root, 0)
+    manager.stop()
+    with pytest.raises(WatchUnavailable):
+        watch.next(5)
+    watch.close()
+
+
+def test_it_resumes_where_it_was(manager: Manager) -> None:
+    opener(manager.socket, timeout=5)(manager.root, 77).close()
+    assert manager.requests[0].resume_from.index == 77
+
+
+def test_a_manager_that_forgot_the_version_says_so(manager: Manager) -> None:
+    manager.compacted = True
+    with pytest.raises(WatchCompacted, match="no longer available"):
+        opener(manager.socket, timeout=5)(manager.root, 77)
+
+
+def test_a_manager_that_does_not_confirm_is_not_waited_for_for_ever(manager: Manager) -> None:
+    manager.silent.set()
+    with pytest.raises(WatchUnavailable, match=r"did not confirm it within 0\.2 s"):
+        opener(manager.socket, timeout=0.2)(manager.root, 0)
+
+
+def test_a_certificate_of_another_ca_is_refused(manager: Manager, tmp_path: Path) -> None:
+    other = _certificate(tmp_path / "other", "swarm-manager")
+    with pytest.raises(WatchUnavailable, match="broke"):
+        opener(manager.socket, timeout=5)(other, 0)
+    assert manager.requests == []
+
+
+def test_what_is_wrong_with_the_socket_is_said_plainly(tmp_path: Path) -> None:
+    missing = str(tmp_path / "control.sock")
+    with pytest.raises(WatchUnavailable, match=r"there is no socket .* mount"):
+        opener(missing, timeout=5)("", 0)
+    Path(missing).mkdir()
+    with pytest.raises(WatchUnavailable, match="is no socket"):
+        opener(missing, timeout=5)("", 0)
+
+
+def test_the_generated_messages_are_those_of_the_proto_file(tmp_path: Path) -> None:
+    source = "agent/discovery/proto/watch.proto"
+    out = tmp_path / "descriptors"
+    subprocess.run(
+        [sys.executable, "-m", "grpc_tools.protoc", "-I.", f"--descriptor_set_out={out}", source],
+        cwd=ROOT,
+        check=True,
+    )
+    from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
+
+    (generated,) = FileDescriptorSet.FromString(out.read_bytes()).file
+    committed = FileDescriptorProto.FromString(pb.DESCRIPTOR.serialized_pb)
+    for file in (generated, committed):
+        for message in file.message_type:
+            _without_json_names(message)
+    assert generated == committed
+
+
+def _without_json_names(message: object) -> None:
+    """Whether protoc writes the default JSON names down depends on how it is called."""
+    for field in message.field:  # type: ignore[attr-defined]
+        field.ClearField("json_name")
+    for nested in message.nested_type:  # type: ignore[attr-defined]
+        _without_json_names(nested)
