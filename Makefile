@@ -29,8 +29,8 @@ lint: deps-test .venv/dev ## ruff, mypy, import layers, luacheck
 	$(BIN)/lint-imports
 	luacheck --quiet nginx/lua
 
-bench: deps-test .venv/dev ## measure, and write docs/benchmarks.md
-	$(BIN)/python -m bench
+bench: deps-test .venv/dev ## measure, and write docs/benchmarks.md; ONLY="throughput change"
+	$(BIN)/python -m bench $(ONLY)
 
 clean: ## remove what was made here (not the packages of the system)
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis \

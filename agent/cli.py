@@ -36,8 +36,8 @@ USAGE = 2
 UNREACHABLE = 3
 """Something that had to be asked did not answer."""
 
-STOP_LIMIT = 10.0
-"""Seconds for a clean end; Docker kills after ten by default, so the stack file allows more."""
+STOP_LIMIT = 8.0
+"""Seconds for a clean end: less than the ten after which Docker kills."""
 
 log = logging.getLogger("agent")
 

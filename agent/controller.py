@@ -36,6 +36,9 @@ BuildSources = Callable[[Settings, Observer], Sequence[Source]]
 SOURCE_RESTART = 1.0
 """Seconds until a source that ended unexpectedly is started again."""
 
+SHORTEST_HEARTBEAT = 0.1
+"""Seconds; a shorter one in the settings would only burn time."""
+
 IDLE = 30.0
 """Seconds between looks when nothing has been heard of: a safety net, not a poll."""
 
@@ -66,7 +69,7 @@ class SiteRenderer:
 def options(settings: Settings) -> Options:
     """The driver's times."""
     return Options(
-        heartbeat=settings.openresty.heartbeat,
+        heartbeat=max(SHORTEST_HEARTBEAT, settings.openresty.heartbeat),
         site_quiet=settings.site_quiet,
         site_max_wait=settings.site_max_wait,
     )

@@ -9,14 +9,21 @@ import sys
 
 from bench import change, swarm_change, swarm_idle, throughput
 from bench.report import FILE, write
-from tests.lab import missing_prerequisites
+from demo.pair import DemoError, end_on_signals
+from tests.lab import LabError, missing_prerequisites
 
 LOOPBACK = ("throughput", "change")
 SWARM = ("swarm-change", "swarm-idle")
 
 
+ROUNDS, SECONDS = 9, 3.0
+CHANGES = 200
+SCALINGS = 50
+
+
 def main(chosen: list[str]) -> int:
     """Returns the exit code: 0, or 2 for a name that is not known."""
+    end_on_signals()
     unknown = set(chosen) - {*LOOPBACK, *SWARM}
     if unknown:
         print(f"bench: unknown: {', '.join(unknown)}; known: {', '.join(LOOPBACK + SWARM)}")
@@ -24,10 +31,10 @@ def main(chosen: list[str]) -> int:
     wanted = chosen or [*LOOPBACK, *SWARM]
     if "throughput" in wanted:
         print("throughput beside a static upstream", flush=True)
-        write(throughput.measure(9, 5.0))
+        write(throughput.measure(ROUNDS, SECONDS))
     if "change" in wanted:
         print("from the static file to routing", flush=True)
-        write(change.measure(200))
+        write(change.measure(CHANGES))
     on_swarm = [name for name in wanted if name in SWARM]
     missing = missing_prerequisites() if on_swarm else []
     if missing:
@@ -36,7 +43,7 @@ def main(chosen: list[str]) -> int:
         with swarm_change.deployed() as pair:
             if "swarm-change" in wanted:
                 print("from the manager's store to routing", flush=True)
-                write(swarm_change.measure(pair, 50))
+                write(swarm_change.measure(pair, SCALINGS))
             if "swarm-idle" in wanted:
                 print("the agent at rest, 100 services", flush=True)
                 write(swarm_idle.measure(pair))
@@ -45,4 +52,8 @@ def main(chosen: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (DemoError, LabError) as problem:
+        print(f"bench: {problem}", file=sys.stderr)
+        sys.exit(1)

@@ -10,10 +10,9 @@ interval of looking at the file (20 ms: a change waits 10 ms on average).
 from __future__ import annotations
 
 import random
-import sys
 import time
 
-from bench.report import Section, paragraph, quantiles, table, write
+from bench.report import Section, paragraph, quantiles, table
 from demo.pair import DemoError, Pair, Peer, Service, probe, temporary_directory
 
 HOST = "app.localhost"
@@ -85,7 +84,3 @@ def measure(changes: int) -> Section:
     )
     text = f"{about}\n\n{table(['what', 'changes', 'p50', 'p99', 'max'], rows)}"
     return Section("change-loopback", "From the static file to routing, on loopback", text)
-
-
-if __name__ == "__main__":
-    write(measure(int(sys.argv[1]) if len(sys.argv) > 1 else 200))

@@ -556,9 +556,9 @@ class _Load:
         self._sending = True
         self._finished = asyncio.Event()
 
-    async def run(self, stop: threading.Event | None = None) -> Result:
-        """Send until the time is up or `stop` is set, wait for what is under way, report."""
-        self._external_stop = stop
+    async def run(self, told_to_stop: Callable[[], bool]) -> Result:
+        """Send until the time is up or one says so, wait for what is under way, report."""
+        self._told_to_stop = told_to_stop
         started_at = time.time()
         self._start = self._last_answer = self.loop.time()
         self._end = float("inf") if self.plan.seconds is None else self._start + self.plan.seconds
@@ -740,9 +740,8 @@ class _Load:
         for connection in [c for c, until in self._lingering.items() if until <= now]:
             del self._lingering[connection]
             connection.close()
-        if (self._external_stop is not None and self._external_stop.is_set()) or (
-            self.plan.stop_file and Path(self.plan.stop_file).exists()
-        ):
+        stop_file = self.plan.stop_file
+        if self._told_to_stop() or (stop_file and Path(stop_file).exists()):
             self.stop()
         if not self._finished.is_set():
             self.loop.call_later(_SWEEP_SECONDS, self._sweep)
@@ -797,7 +796,7 @@ def run(plan: Plan, *, stop: threading.Event | None = None) -> Result:
     """
 
     async def main() -> Result:
-        return await _Load(plan, None).run(stop)
+        return await _Load(plan, None).run(stop.is_set if stop else lambda: False)
 
     return asyncio.run(main())
 
@@ -865,6 +864,12 @@ class LoadProcess:
             raise RuntimeError(f"load did not start: {''.join(self._stderr).strip() or 'silent'}")
         return self
 
+    @property
+    def pid(self) -> int:
+        """Process id of the load (or of the prefix, where that does not replace itself)."""
+        assert self._process is not None, "not started"
+        return self._process.pid
+
     def stop(self) -> Result:
         """Send no more, wait for the answers under way, return the result.
 
@@ -919,7 +924,7 @@ class LoadProcess:
 
 def _arguments(plan: Plan) -> list[str]:
     """The command line that stands for `plan`."""
-    words = ["--json", "--rate", str(plan.rate), "--timeout", str(plan.timeout)]
+    words = ["--json", "--with-parent", "--rate", str(plan.rate), "--timeout", str(plan.timeout)]
     words += ["--connections", str(plan.connections), "--method", plan.method]
     words += ["--body-bytes", str(plan.body_bytes), "--details", str(plan.details)]
     words.append("--keepalive" if plan.keepalive else "--no-keepalive")
@@ -963,12 +968,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--details", type=int, default=20, help="failures told one by one (20)")
     add("--stop-file", default="", help="stop as soon as it exists")
     add("--records", default="", help="write every request to this file, a line of JSON each")
+    add("--with-parent", action="store_true", help="stop when the parent process has ended")
     add("--json", action="store_true", help="print the result as JSON")
     return parser
 
 
-async def _main(plan: Plan) -> Result:
+async def _main(plan: Plan, *, with_parent: bool) -> Result:
     loop = asyncio.get_running_loop()
+    parent = os.getppid()
 
     def under_way() -> None:
         print(_UNDER_WAY, file=sys.stderr, flush=True)
@@ -976,7 +983,7 @@ async def _main(plan: Plan) -> Result:
     load = _Load(plan, under_way)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, load.stop)
-    return await load.run()
+    return await load.run(lambda: with_parent and os.getppid() != parent)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -1004,7 +1011,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
-        result = asyncio.run(_main(plan))
+        result = asyncio.run(_main(plan, with_parent=options.with_parent))
     except UsageError as error:
         print(f"bench.load: {error}", file=sys.stderr)
         return 2

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from bench.report import Section, paragraph, table, write
-from bench.swarm_change import deployed
+from bench.report import Section, paragraph, table
 from tests.swarm.pair import Pair
 
 _SETTLE_SECONDS = 20.0
@@ -68,8 +66,3 @@ def measure(pair: Pair, *, services: int = 100, seconds: float = 60.0) -> Sectio
     )
     text = f"{about}\n\n{table(['mode', 'CPU', 'RSS MiB', 'PSS MiB'], rows)}"
     return Section("agent-idle", "The agent at rest", text)
-
-
-if __name__ == "__main__":
-    with deployed() as bench_pair:
-        write(measure(bench_pair, services=int(sys.argv[1]) if len(sys.argv) > 1 else 100))

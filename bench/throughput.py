@@ -22,14 +22,13 @@ import resource
 import shutil
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.report import Section, paragraph, spread, table, write
+from bench.report import Section, paragraph, spread, table
 from demo.pair import (
     DemoError,
     Pair,
@@ -315,13 +314,4 @@ def measure(rounds: int, seconds: float) -> Section:
     head.append("dynamic's further µs")
     return Section(
         "throughput", "Throughput beside a static upstream", f"{about}\n\n{table(head, rows)}"
-    )
-
-
-if __name__ == "__main__":
-    write(
-        measure(
-            int(sys.argv[1]) if len(sys.argv) > 1 else 9,
-            float(sys.argv[2]) if len(sys.argv) > 2 else 5.0,
-        )
     )

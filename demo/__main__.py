@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -29,6 +27,7 @@ from demo.pair import (
     Pair,
     ReloadWatch,
     Service,
+    end_on_signals,
     probe,
     temporary_directory,
 )
@@ -291,17 +290,12 @@ def demo(directory: Path, *, once: bool) -> bool:
     return report.promised()
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> int:
     """The command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="demo", description=__doc__)
     parser.add_argument("--once", action="store_true", help="end after the figures")
     once = parser.parse_args().once
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    end_on_signals()
     try:
         with temporary_directory() as directory:
             return 0 if demo(directory, once=once) else 1

@@ -2,7 +2,8 @@
 
 The demo and the benchmarks stand on this. It knows how the two sides are started and how to look
 at them from outside (admin API, process table); what is done with them is its callers' business.
-Everything that was started is ended by its own pid, whatever happens.
+Everything that was started is ended by its own pid, also when we are told to end; when we are
+killed, the kernel tells our children.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import pwd
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +27,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,9 +114,11 @@ class Process:
         as_user: dict[str, Any] = (
             {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if user else {}
         )
+        # Should we be killed, so that nothing can be cleaned up, the child is told to end.
+        tether = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
         with log.open("ab") as out:
             self.popen = subprocess.Popen(
-                command,
+                [*tether, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=out if stdout is None else stdout,
                 stderr=out,
@@ -470,6 +475,16 @@ def _give(directory: Path, user: pwd.struct_passwd) -> None:
     os.chown(directory, user.pw_uid, user.pw_gid)
     for path in directory.rglob("*"):
         os.chown(path, user.pw_uid, user.pw_gid)
+
+
+def end_on_signals() -> None:
+    """Let Ctrl-C, SIGTERM and SIGHUP unwind the stack, so that everything is cleaned up."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
 
 
 @contextlib.contextmanager

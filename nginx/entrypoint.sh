@@ -153,7 +153,7 @@ esac
 umask 077
 mkdir -p -- "$run/temp" "$state/site" || fail "$run and $state have to be writable"
 : >"$run/emerg.log" || fail "TIDEGATE_RUN_DIR $run has to be writable"
-rm -rf -- "$state"/site/*.staging "$state"/site/*.new
+rm -rf -- "$state"/site/*.staging "$state"/site/*.old "$state"/site/*.new
 rm -f -- "$run/conf.d"
 ln -s "$home/conf.d" "$run/conf.d"
 case $admin_listen in
@@ -195,20 +195,19 @@ sed -e "s|@MODULES@|$modules|g" \
 loads() {
     sed 's|require("tidegate.init").start|require("tidegate.init").test|' \
         "$run/nginx.conf" >"$run/test.conf"
-    "$binary" -t -p "$run/" -e stderr -c "$run/test.conf" >"$run/start.out" 2>&1
+    "$binary" -t -p "$run/" -e stderr -c "$run/test.conf" >"$run/test.conf.out" 2>&1
 }
-if ! loads; then
-    if [ "$(readlink "$state/site/current")" != builtin ]; then
-        cat -- "$run/start.out" >&2
-        for fallback in "$(readlink "$state/site/previous" || echo builtin)" builtin; do
-            say "the site $(readlink "$state/site/current") does not load; trying $fallback"
-            ln -s "$fallback" "$state/site/current.new"
-            mv -T -- "$state/site/current.new" "$state/site/current"
-            ! loads || break
-        done
+current=$(readlink "$state/site/current")
+for fallback in "$(readlink "$state/site/previous" || echo builtin)" builtin; do
+    if [ "$current" = builtin ] || loads; then
+        break
     fi
-    loads || { cat -- "$run/start.out" >&2; fail "nginx does not accept its configuration"; }
-fi
+    cat -- "$run/test.conf.out" >&2
+    say "the site $current does not load; trying $fallback"
+    ln -s "$fallback" "$state/site/current.new"
+    mv -T -- "$state/site/current.new" "$state/site/current"
+    current=$fallback
+done
 
 ulimit -n "$(ulimit -Hn)" 2>/dev/null || true
 umask 022

@@ -58,6 +58,7 @@ _SPELLED = {
     "ssl_default_cert_key": "SSLDefaultCertKey",
     "listen_ipv6": "ListenIPv6",
     "urls": "URLs",
+    "admin_tls": "AdminTLS",
     "tls_ca": "TLSCA",
 }
 

@@ -33,6 +33,7 @@ from agent.discovery.swarm_rest import LIVE, list_all, tasks_of
 from agent.discovery.swarm_watch import OpenWatch, Transaction, Watch
 from agent.errors import (
     DiscoveryError,
+    DockerRefused,
     DockerUnavailable,
     WatchCompacted,
     WatchUnavailable,
@@ -52,6 +53,15 @@ restored from a backup is really older, and believed after this.
 
 DOUBT_INTERVAL = 2.0
 """Seconds between lists while they are in doubt."""
+
+CATCH_UP_QUIET = 0.05
+"""A resumed stream has caught up when nothing has come for so many seconds,"""
+
+CATCH_UP_LIMIT = 1.0
+"""or after so many, whatever still comes."""
+
+STEADY = 5.0
+"""Seconds that a watch must have stood for its end to be no sign of a standing fault."""
 
 MANY_IDS = 200
 """More tasks than this are looked up by listing all rather than by id."""
@@ -83,7 +93,10 @@ class SwarmSource:
         self._watch_backoff = Backoff(first=0.1, cap=30.0)
         self._watch_due = 0.0
         self._watch_reason = "Watch is off in the settings" if settings.watch == "off" else ""
+        self._quick_breaks = 0
         self._resume_from = 0
+        # What a resumed stream replays is history: none of it is news until all of it is in.
+        self._catching_up = False
         self._cluster_id = ""
         self._resync_due = 0.0
         self._doubt_until = 0.0
@@ -106,8 +119,7 @@ class SwarmSource:
             cluster = self._new_cluster()
             cluster.load(list_all(engine))
         snapshot = cluster.snapshot(changed_at=time.monotonic())
-        if snapshot is None:
-            raise AssertionError("the first snapshot is never empty-handed")
+        assert snapshot is not None, "the first snapshot is news even if it is empty"
         return snapshot
 
     def run(self, publish: Publish, stop: threading.Event) -> None:
@@ -201,8 +213,7 @@ class SwarmSource:
         if self._settings.watch == "off" or self._clock() < self._watch_due:
             return None
         try:
-            # Asked anew each time: after a rotation of the CA the old root is of no use.
-            root = str(read(engine, "/swarm")["TLSInfo"]["TrustRoot"])
+            root = _trust_root(engine)
             try:
                 watch = self._open_watch(root, self._resume_from)
             except WatchCompacted as error:
@@ -218,6 +229,7 @@ class SwarmSource:
             return None
         if not self._resume_from:
             self._resync_due = 0.0
+        self._catching_up = bool(self._resume_from)
         return watch
 
     def _follow_watch(
@@ -227,7 +239,7 @@ class SwarmSource:
         self._report.mode("watch")
         if self._resync_due <= self._clock():
             self._sync(engine, publish, self._clock())
-        self._watch_backoff.reset()
+        opened = self._clock()
         call: _ListCall | None = None
         while not stop.is_set():
             self._report.follow(following=self._listed)
@@ -235,11 +247,17 @@ class SwarmSource:
                 # Beside the stream: no change waits for a list.
                 call = _ListCall(engine).in_background()
             try:
-                transaction = watch.next(STOP_CHECK)
+                transaction = watch.next(CATCH_UP_QUIET if self._catching_up else STOP_CHECK)
             except WatchUnavailable as error:
-                self._watch_due = 0.0
-                self._report.failed(error)
+                self._watch_broke(error, stood=self._clock() - opened)
                 return
+            if self._catching_up and (
+                transaction is None or self._clock() - opened > CATCH_UP_LIMIT
+            ):
+                self._catching_up = False
+                self._publish(publish, opened)
+                if self._listed:
+                    self._report.alive()
             if transaction is not None:
                 self._apply(transaction, publish)
                 if call is not None:
@@ -250,6 +268,19 @@ class SwarmSource:
                     self._finish_sync(call, publish, self._clock())
                 call = None
 
+    def _watch_broke(self, error: WatchUnavailable, *, stood: float) -> None:
+        """Have it opened again: at once, unless it keeps breaking."""
+        if self._settings.watch == "on":
+            raise error
+        self._report.failed(error)
+        if stood > STEADY:
+            self._watch_backoff.reset()
+            self._quick_breaks = 0
+        self._quick_breaks += 1
+        wait = self._watch_backoff.wait() if self._quick_breaks > 1 else 0.0
+        self._watch_due = self._clock() + wait
+        self._watch_reason = str(error)
+
     def _apply(self, transaction: Transaction, publish: Publish) -> None:
         changes = transaction.changes
         for change in changes:
@@ -259,7 +290,8 @@ class SwarmSource:
             self._resume_from = max(self._resume_from, change.record.version)
         self._resume_from = max(self._resume_from, transaction.version)
         self._cluster.apply(changes)
-        self._publish(publish, transaction.heard_at)
+        if not self._catching_up:
+            self._publish(publish, transaction.heard_at)
 
     # --- poll -----------------------------------------------------------------------------
 
@@ -395,6 +427,21 @@ class _ListCall:
         """Have it read by a thread."""
         threading.Thread(target=self.now, name="swarm-list", daemon=True).start()
         return self
+
+
+def _trust_root(engine: Engine) -> str:
+    """The cluster's CA; asked for anew each time, for it may have been rotated.
+
+    Raises:
+        WatchUnavailable: the engine does not tell.
+        DockerUnavailable: the engine does not answer.
+    """
+    try:
+        return str(read(engine, "/swarm")["TLSInfo"]["TrustRoot"])
+    except DockerRefused as error:
+        raise WatchUnavailable(f"the cluster's CA is not to be had: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise WatchUnavailable("the engine does not tell the cluster's CA") from error
 
 
 def _collect(events: EventStream, news: queue.SimpleQueue[str | None]) -> None:

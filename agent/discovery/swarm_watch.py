@@ -23,6 +23,7 @@ import grpc
 from agent.discovery.cluster import Change, Kind, Network, Node, Record, Service, Task
 from agent.discovery.proto import watch_pb2 as pb
 from agent.discovery.swarm_rest import bare, host_ports, usable_address
+from agent.discovery.tls_relay import TlsRelay
 from agent.errors import WatchCompacted, WatchUnavailable
 from agent.model import EMPTY
 
@@ -90,11 +91,13 @@ class GrpcWatch:
         self._messages: queue.SimpleQueue[tuple[float, pb.WatchMessage] | grpc.RpcError | None] = (
             queue.SimpleQueue()
         )
-        self._channel = grpc.secure_channel(
-            f"unix:{socket}",
-            grpc.ssl_channel_credentials(trust_root.encode()),
+        self._relay = TlsRelay(
+            socket, trust_root=trust_root, server_name=SERVER_NAME, timeout=timeout
+        )
+        self._channel = grpc.insecure_channel(
+            self._relay.target,
             options=[
-                ("grpc.ssl_target_name_override", SERVER_NAME),
+                ("grpc.default_authority", SERVER_NAME),
                 ("grpc.max_receive_message_length", -1),
                 ("grpc.enable_http_proxy", 0),
                 # A new channel must really try anew, not share a broken connection.
@@ -135,6 +138,7 @@ class GrpcWatch:
         """End the stream."""
         self._call.cancel()
         self._channel.close()
+        self._relay.close()
 
     def _read(self) -> None:
         try:
@@ -208,8 +212,6 @@ def _look_at(socket: str) -> None:
             f"{socket} is no socket; a file mounted before dockerd made it looks like this: "
             "mount its directory instead"
         )
-    if not os.access(socket, os.R_OK | os.W_OK):
-        raise WatchUnavailable(f"{socket}: permission denied; it belongs to root")
 
 
 def _changes(message: pb.WatchMessage) -> Iterator[Change]:

@@ -299,15 +299,22 @@ def encode(upstream: Upstream) -> dict[str, object]:
     }
 
 
+_PEER_STATES = {state.value: state for state in PeerState}
+
+
 def decode(name: str, item: Mapping[str, Any]) -> Upstream:
-    """An upstream from the wire; raises KeyError, TypeError or ValueError where it is not one."""
+    """An upstream from the wire; raises KeyError, TypeError or ValueError where it is not one.
+
+    A hundred thousand peers come through here, and they are only ever compared with ours: so a
+    field of the wrong type is not looked for, it makes the upstream differ and be pushed.
+    """
     peers = [
         Peer(
-            id=str(peer["id"]),
-            address=str(peer["address"]),
-            port=int(peer["port"]),
-            weight=int(peer["weight"]),
-            state=PeerState(peer["state"]),
+            peer["id"],
+            peer["address"],
+            peer["port"],
+            peer["weight"],
+            _PEER_STATES[peer["state"]],
         )
         for peer in item["peers"] or ()
     ]

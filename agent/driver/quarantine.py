@@ -74,6 +74,11 @@ class Quarantine:
             ),
         }
 
+    def knows(self, name: str, rendered: Rendered) -> bool:
+        """Whether this very text of file `name` has been refused before."""
+        item = self._refused.get(name)
+        return item is not None and item.text == rendered.files[name]
+
     def accepted(self, files: Mapping[str, str], rendered: Rendered) -> None:
         """nginx runs these files."""
         self._accepted = {name: text for name, text in files.items() if name in rendered.hosts}

@@ -23,6 +23,10 @@ log = logging.getLogger(__name__)
 IDLE = 60.0
 """Seconds between looks when nothing has been heard of: a safety net, not a poll."""
 
+FEW = 3
+"""Hosts of a running site that may be refused at once whatever their share. Beyond it, more than
+half of them refused is the fault of a template or a setting, and the old site is better."""
+
 
 class Rollout:
     """The thread that pushes sites.
@@ -191,6 +195,7 @@ class Rollout:
     ) -> str:
         """Push until nginx accepts, each refused host put apart; returns what runs then."""
         name = worker.target.name
+        fresh_refusals = 0
         while True:
             files = worker.quarantine.select(rendered)
             generation = renderer.generation(files)
@@ -212,6 +217,14 @@ class Rollout:
                     raise
                 if error.file not in files:
                     raise
+                if not worker.quarantine.knows(error.file, rendered):
+                    fresh_refusals += 1
+                if running and fresh_refusals > max(FEW, len(rendered.hosts) // 2):
+                    raise SiteRefused(
+                        f"more than half of the hosts were refused, which is no matter of one "
+                        f"host; the last one was {rendered.hosts[error.file]}: {error}",
+                        file=None,
+                    ) from error
                 log.warning(
                     "OpenResty %s: host %s put in quarantine, the others go live: %s",
                     name,

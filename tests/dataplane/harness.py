@@ -282,9 +282,9 @@ class Proxy:
         return self._process.pid
 
     def workers(self) -> set[int]:
-        """Process ids of the workers, also of those that are shutting down."""
+        """Process ids of the workers that live, also of those that are shutting down."""
         path = Path(f"/proc/{self.pid}/task/{self.pid}/children")
-        return {int(pid) for pid in path.read_text().split()}
+        return {int(pid) for pid in path.read_text().split() if _lives(int(pid))}
 
     def stop(self, *, how: signal.Signals = signal.SIGTERM, timeout: float = 20.0) -> None:
         """Stops it (SIGQUIT: after requests under way) if it runs; `start` starts it again."""
@@ -301,6 +301,14 @@ class Proxy:
             raise
         finally:
             self._process = None
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process is there and is not only waiting for its parent to notice its end."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
+    except OSError:
+        return False
 
 
 def site(

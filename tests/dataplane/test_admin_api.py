@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,12 +12,15 @@ import pytest
 from tests.dataplane.harness import (
     ENTRYPOINT,
     ROOT,
+    Answer,
+    Backend,
     Proxy,
     generation_of,
     peer,
     request,
     site,
     upstream,
+    wait_until,
 )
 
 SCHEMA = json.loads((ROOT / "docs" / "admin-api.schema.json").read_text())
@@ -105,9 +108,9 @@ def test_the_same_push_again_is_answered_and_changes_nothing(proxy: Proxy) -> No
 
 
 def test_an_unknown_algorithm_is_listed_and_served_by_round_robin(
-    routed: Proxy, backend: object
+    routed: Proxy, backend: Backend
 ) -> None:
-    pushed = upstream(backend.peer())  # type: ignore[attr-defined]
+    pushed = upstream(backend.peer())
     pushed["policy"] = {"algorithm": "maglev"}
     assert routed.admin.put({"a.test/": pushed}).json()["unsupported"] == ["maglev"]
     assert request(routed.http_port).text == "b0"
@@ -115,7 +118,9 @@ def test_an_unknown_algorithm_is_listed_and_served_by_round_robin(
     assert shown["policy"] == {"algorithm": "maglev"}
 
 
-@pytest.mark.parametrize("raw", [b"", b"nonsense", b'{"a":', b"[1]", b"[]", b"7", b'"text"', b"null"])
+@pytest.mark.parametrize(
+    "raw", [b"", b"nonsense", b'{"a":', b"[1]", b"[]", b"7", b'"text"', b"null"]
+)
 @pytest.mark.parametrize(
     ("method", "path"),
     [
@@ -125,13 +130,15 @@ def test_an_unknown_algorithm_is_listed_and_served_by_round_robin(
         ("POST", "/v1/lease"),
     ],
 )
-def test_what_is_no_json_object_is_refused(shared: Proxy, method: str, path: str, raw: bytes) -> None:
+def test_what_is_no_json_object_is_refused(
+    shared: Proxy, method: str, path: str, raw: bytes
+) -> None:
     answer = shared.admin.call(method, path, raw=raw)
     assert (answer.status, answer.json()["error"]) == (400, "bad_json")
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> object:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     """A proxy that holds `keep`; for refusals, which leave it as it is."""
     with Proxy(tmp_path_factory.mktemp("shared")) as proxy:
         assert proxy.admin.put({"keep": upstream(peer(80))}).status == 200
@@ -235,7 +242,9 @@ def test_the_frame_of_a_push_is_checked(shared: Proxy, push: object, field: str)
         ({"base_revision": 1, "upsert": {"a": upstream()}, "remove": ["a"]}, "remove"),
     ],
 )
-def test_the_frame_of_a_delta_is_checked(shared: Proxy, more: dict[str, object], field: str) -> None:
+def test_the_frame_of_a_delta_is_checked(
+    shared: Proxy, more: dict[str, object], field: str
+) -> None:
     answer = shared.admin.call("PATCH", "/v1/membership", body(2, **more))
     assert (answer.status, [e["field"] for e in answer.json()["errors"]]) == (422, [field])
 
@@ -274,7 +283,9 @@ def test_a_body_beyond_the_buffer_is_read_from_its_file(proxy: Proxy) -> None:
 
 
 def test_ten_thousand_peers_and_a_long_name_fit(proxy: Proxy) -> None:
-    many = upstream(*(peer(80, id=str(n), address=f"10.1.{n >> 8}.{n & 255}") for n in range(1, 10001)))
+    many = upstream(
+        *(peer(80, id=str(n), address=f"10.1.{n >> 8}.{n & 255}") for n in range(1, 10001))
+    )
     name = "ü" * 256
     assert proxy.admin.put({name: many}).status == 200
     answer = proxy.admin.call("GET", "/v1/membership").json()
@@ -399,27 +410,26 @@ def test_the_lease_lapses(make_proxy: Callable[..., Proxy]) -> None:
     proxy.start()
     proxy.admin.call("POST", "/v1/lease", {"writer": "one"})
     assert proxy.admin.call("POST", "/v1/lease", {"writer": "two"}).status == 423
-    from tests.dataplane.harness import wait_until
-
     wait_until(lambda: proxy.admin.call("POST", "/v1/lease", {"writer": "two"}).status == 200)
 
 
 def test_a_full_dict_is_said_and_the_old_state_serves(
-    make_proxy: Callable[..., Proxy], backend: object
+    make_proxy: Callable[..., Proxy], backend: Backend
 ) -> None:
     proxy = make_proxy(env={"TIDEGATE_DICT_SIZE": "512k"})
     proxy.start()
     admin = proxy.admin
     admin.site(site(proxy.http_port, {"a.test": {"/": "a.test/"}}))
-    admin.put({"a.test/": upstream(backend.peer())})  # type: ignore[attr-defined]
+    admin.put({"a.test/": upstream(backend.peer())})
     before = admin.call("GET", "/v1/membership").body
     free = admin.status()["dict"]["free_bytes"]
     big = upstream(*(peer(80, id=f"{n:0100}", address="10.0.0.1") for n in range(9999)))
-    for push in (
+    pushes: list[Callable[[], Answer]] = [
         lambda: admin.patch({"big": big, "a.test/": upstream()}),
         lambda: admin.patch({f"u{n}": upstream(peer(80, id="x" * 99)) for n in range(5000)}),
         lambda: admin.put({"big": big}),
-    ):
+    ]
+    for push in pushes:
         answer = push()
         assert (answer.status, answer.json()["error"]) == (507, "dict_full")
         assert answer.json()["needed_bytes"] > answer.json()["free_bytes"] >= 0

@@ -75,7 +75,9 @@ def test_a_context_root_is_taken_off(proxy: Proxy, backend: Backend) -> None:
     assert backend.requests[-1].path == "/x/y%20z?q=1"
 
 
-@pytest.mark.parametrize(("weights", "total"), [((1, 1, 1), 600), ((3, 1, 2), 600), ((1000, 1), 1001)])
+@pytest.mark.parametrize(
+    ("weights", "total"), [((1, 1, 1), 600), ((3, 1, 2), 600), ((1000, 1), 1001)]
+)
 def test_peers_get_their_share(routed: Proxy, weights: tuple[int, ...], total: int) -> None:
     with backends(len(weights)) as peers:
         routed.admin.put(
@@ -106,7 +108,6 @@ def test_a_push_is_in_force_in_every_worker_when_it_is_acknowledged(routed: Prox
     with backends(2) as both:
         for n in range(30):
             routed.admin.put({A: upstream(both[n % 2].peer())})
-            wait_until(lambda b=both[n % 2]: routed.admin.live(A) == {b.name: "up"})
             answers = Counter(request(routed.http_port).text for _ in range(8))
             assert answers == {both[n % 2].name: 8}
 
@@ -144,7 +145,7 @@ def test_an_address_under_two_ids_is_one_peer_and_up_wins(routed: Proxy) -> None
         routed.admin.put({A: upstream(one.peer(id="old", state="draining"), one.peer(id="new"))})
         metrics = routed.admin.metrics()
         assert metrics['tidegate_peers{upstream="a.test/",state="up"}'] == 1
-        assert metrics['tidegate_peers{upstream="a.test/",state="draining"}'] == 0
+        assert 'tidegate_peers{upstream="a.test/",state="draining"}' not in metrics
 
 
 @pytest.mark.parametrize(("dead", "alive"), [(1, 1), (2, 1), (4, 1)])
@@ -177,7 +178,7 @@ def test_a_dead_peer_is_left_alone_for_a_while(routed: Proxy, backend: Backend) 
         wait_until(lambda: load.total >= 400)
     taken = time.monotonic() - started
     name = 'tidegate_upstream_connect_failures_total{upstream="a.test/"}'
-    wait_until(lambda: routed.admin.metrics()[name] > 0)
+    wait_until(lambda: routed.admin.metrics().get(name, 0) > 0)
     # Two workers, each ejects it for a second at least; four may ask at the same time.
     assert routed.admin.metrics()[name] <= 2 * 4 * (taken + 1)
 
@@ -212,7 +213,8 @@ def websocket(port: int, path: str = "/") -> socket.socket:
     key = base64.b64encode(os.urandom(16)).decode()
     connection.sendall(
         f"GET {path} HTTP/1.1\r\nHost: a.test\r\nConnection: keep-alive, Upgrade\r\n"
-        f"Upgrade: WebSocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n\r\n".encode()
+        "Upgrade: WebSocket\r\nSec-WebSocket-Version: 13\r\n"
+        f"Sec-WebSocket-Key: {key}\r\n\r\n".encode()
     )
     head = b""
     while b"\r\n\r\n" not in head:
@@ -257,7 +259,7 @@ def test_a_peer_that_does_not_listen_yet_gets_no_request(routed: Proxy, backend:
             load.stop()
     assert load.failed == {}
     failures = 'tidegate_upstream_connect_failures_total{upstream="a.test/"}'
-    assert routed.admin.metrics()[failures] == 0
+    assert failures not in routed.admin.metrics()
 
 
 def test_a_probed_peer_that_is_taken_away_stays_away(routed: Proxy, backend: Backend) -> None:
@@ -289,6 +291,33 @@ def test_the_first_peers_of_an_upstream_serve_at_once(routed: Proxy, backend: Ba
         routed.admin.put({A: upstream()})
 
 
+def push_until_applied(proxy: Proxy, base: int, wanted: dict[str, object]) -> int:
+    """Sends a delta again until it is applied; a full push where the base is not right any more.
+
+    Returns the revision that was acknowledged.
+    """
+    frame = {"writer": "test", "revision": base + 1}
+    full = False
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            if full:
+                push = {**frame, "upstreams": wanted}
+                answer = proxy.admin.call("PUT", "/v1/membership", push)
+            else:
+                push = {**frame, "base_revision": base, "upsert": wanted}
+                answer = proxy.admin.call("PATCH", "/v1/membership", push)
+        except OSError:
+            continue
+        if answer.status == 200:
+            revision: int = answer.json()["revision"]
+            return revision
+        if answer.status == 409:
+            frame["revision"] = answer.json()["revision"] + 1
+            full = True
+    raise TimeoutError("the push is not applied")
+
+
 def test_workers_killed_during_pushes_cost_no_membership(routed: Proxy) -> None:
     admin = routed.admin
     with backends(2) as both:
@@ -303,36 +332,17 @@ def test_workers_killed_during_pushes_cost_no_membership(routed: Proxy) -> None:
         killer = threading.Thread(target=kill)
         killer.start()
         try:
+            base = 1
             for n in range(200):
                 others = {f"u{k}": upstream(peer(80, id=f"{n}-{k}")) for k in range(50)}
-                push = {
-                    "writer": "test",
-                    "base_revision": n + 1,
-                    "revision": n + 2,
-                    "upsert": {A: upstream(both[n % 2].peer(id=f"p{n}")), **others},
-                }
-
-                def sent(push: dict[str, object] = push, n: int = n) -> bool:
-                    try:
-                        answer = admin.call("PATCH", "/v1/membership", push)
-                    except OSError:
-                        return False
-                    if answer.status == 409:  # a mixture was left behind: only all of it helps
-                        full = {
-                            "writer": "test",
-                            "revision": n + 2,
-                            "upstreams": push["upsert"],
-                        }
-                        answer = admin.call("PUT", "/v1/membership", full)
-                    return answer.status == 200
-
-                wait_until(sent, timeout=20)
+                wanted = {A: upstream(both[n % 2].peer(id=f"p{n}")), **others}
+                base = push_until_applied(routed, base, wanted)
         finally:
             stop.set()
             killer.join()
         wait_until(lambda: len(routed.workers()) == 2)
         state = admin.call("GET", "/v1/membership").json()
-        assert state["revision"] == 201
+        assert state["revision"] == base
         assert len(state["upstreams"]) == 51 == admin.status()["upstreams"]
         assert admin.status()["peers"] == 51
         ids = {p["id"] for item in state["upstreams"].values() for p in item["peers"]}

@@ -113,9 +113,8 @@ class Pair:
 
     def state(self) -> dict[str, Any]:
         """The agent's /api/state."""
-        return json.loads(
-            self._inside(self.lab.manager, self.agent_container(), 8080, "/api/state")
-        )
+        found: dict[str, Any] = json.loads(self._agent("/api/state"))
+        return found
 
     def _agent(self, path: str) -> str:
         return self._inside(self.lab.manager, self.agent_container(), 8080, path)
@@ -162,7 +161,9 @@ class Pair:
 
     def admin(self, node: Node, path: str) -> dict[str, Any]:
         """A GET of the admin API of the OpenResty on that node."""
-        return json.loads(self._inside(node, self.openresty_container(node), 8081, path))
+        text = self._inside(node, self.openresty_container(node), 8081, path)
+        found: dict[str, Any] = json.loads(text)
+        return found
 
     def openresty_metrics(self, node: Node) -> str:
         """/metrics of the OpenResty on that node."""

@@ -112,14 +112,19 @@ def signals(lab: Lab) -> Iterator[dict[str, float]]:
             stream.wait()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _leave_it_empty(lab: Lab) -> Iterator[None]:
+    yield
+    lab.reset()
+
+
 @pytest.fixture(name="swarm")
-def _swarm(lab: Lab) -> Iterator[Lab]:
-    """An empty Swarm with one service of two tasks."""
+def _swarm(lab: Lab) -> Lab:
+    """A Swarm with one service of two tasks, and nothing else."""
     lab.reset()
     lab.create_overlay(NET)
     create(lab, WEB, "--replicas=2", "--label=interlock.hostname=web")
-    yield lab
-    lab.reset()
+    return lab
 
 
 def create(lab: Lab, name: str, *options: str) -> None:
@@ -257,6 +262,17 @@ def test_a_lost_nodes_tasks_are_gone(swarm: Lab) -> None:
         )
         swarm.start_dockerd(worker)
         wait_for(lambda: follower.up(2, "discovery-everywhere"), 60, "it is back")
+
+
+def test_the_watch_survives_a_rotation_of_the_ca(swarm: Lab) -> None:
+    with following(settings(swarm.manager, watch="on")) as before:
+        swarm.docker(swarm.manager, "swarm", "ca", "--rotate", "--quiet")
+        create(swarm, "discovery-rotated", "--replicas=1")
+        wait_for(lambda: before.up(1, "discovery-rotated"), 30, "the old stream goes on")
+    # A new stream has to trust the new root, and a manager that no longer offers HTTP/2 by name.
+    with following(settings(swarm.manager, watch="on")) as after:
+        wait_for(lambda: after.source.status.mode == "watch", 30, "a new stream")
+        assert after.up(1, "discovery-rotated")
 
 
 def test_a_worker_says_where_to_go(swarm: Lab) -> None:

@@ -14,12 +14,20 @@ pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture(scope="module")
-def pair(lab: Lab) -> Pair:
-    """The pair as the stack file has it, with nothing changed."""
-    pair = Pair(lab)
-    pair.build()
-    pair.deploy()
-    return pair
+def pair(lab: Lab) -> Iterator[Pair]:
+    """The pair as the stack file has it, with nothing changed, on a Swarm of its own.
+
+    A dockerd that comes and goes leaves marks on the overlay's gossip; other tests shall not see
+    these, nor these tests those of others.
+    """
+    own = Lab.up("failures", nodes=2, fresh=True)
+    try:
+        pair = Pair(own)
+        pair.build()
+        pair.deploy()
+        yield pair
+    finally:
+        Lab.down("failures")
 
 
 @pytest.fixture
@@ -106,17 +114,6 @@ def test_openresty_restarted_without_the_agent_serves_at_once(pair: Pair, app: s
         pair.lab.wait_for(pair.in_step, 60, "all are in step again", interval=0.3)
 
 
-def test_restart_of_the_managers_dockerd_heals_by_itself(pair: Pair, app: str) -> None:
-    pair.create_app(app, replicas=4)
-    pair.lab.restart_dockerd(pair.lab.manager)
-    pair.lab.wait_for(pair.in_step, 90, "all are in step again", interval=0.5)
-    pair.wait_peers(app, 4, timeout=90)
-    with undisturbed(pair), pair.load(app) as results:
-        pair.lab.docker(pair.lab.manager, "service", "scale", "--detach", f"{app}=2")
-        pair.wait_peers(app, 2)
-    assert_nothing_failed(results)
-
-
 def test_hanging_engine_leaves_traffic_alone(pair: Pair, app: str) -> None:
     pair.create_app(app, replicas=2)
     with undisturbed(pair), pair.load(app) as results:
@@ -130,7 +127,7 @@ def test_hanging_engine_leaves_traffic_alone(pair: Pair, app: str) -> None:
             ]
         pair.lab.wait_for(pair.in_step, 60, "all are in step again", interval=0.3)
     assert answers == ["200"] * 20
-    assert_nothing_failed(results)
+    assert_nothing_failed(results, at_least=20)
 
 
 def test_containers_are_confined(pair: Pair) -> None:
@@ -147,3 +144,16 @@ def test_containers_are_confined(pair: Pair) -> None:
         pair.lab.manager, "service", "inspect", f"{STACK}_agent", "--format={{json .Spec}}"
     )
     assert '"ReadOnly":true' in services
+
+
+def test_restart_of_the_managers_dockerd_heals_by_itself(pair: Pair, app: str) -> None:
+    pair.create_app(app, replicas=4)
+    pair.lab.restart_dockerd(pair.lab.manager)
+    # Docker itself takes a minute: a worker looks for a lost manager in the overlay's gossip
+    # every 60 s, and until then no node reaches the other one's tasks.
+    pair.lab.wait_for(pair.in_step, 150, "all are in step again", interval=0.5)
+    pair.wait_peers(app, 4, timeout=90)
+    with undisturbed(pair), pair.load(app) as results:
+        pair.lab.docker(pair.lab.manager, "service", "scale", "--detach", f"{app}=2")
+        pair.wait_peers(app, 2)
+    assert_nothing_failed(results)

@@ -168,6 +168,40 @@ class TestBrokenWatch:
         assert rig.engine.calls.count("/tasks") == lists
         assert rig.manager.watches[0].closed
 
+    def test_what_a_resumed_stream_replays_is_history_and_no_news(
+        self, rig: Rig, watching: Following
+    ) -> None:
+        rig.manager.watch.send(rig.draining("meshed", version=7000))
+        watching.until(lambda: watching.states("meshed") == ["draining"])
+        count = len(watching.snapshots)
+
+        def replay(watch: FakeWatch) -> None:
+            # It came up and went while nobody listened: it must never be seen as up.
+            for version, state in ((7001, TaskState.RUNNING), (7002, TaskState.FAILED)):
+                task = rig.task("meshed", id="short-lived", version=version, state=state)
+                watch.send(Change("task", task))
+            watch.send(Change("task", rig.task("meshed", version=7003), removed=True))
+
+        rig.manager.before = replay
+        rig.manager.watch.fail(WatchUnavailable("it broke"))
+        watching.until(lambda: watching.states("meshed") == [])
+        assert len(watching.snapshots) == count + 1
+        watching.until(lambda: not rig.last_error)
+        assert rig.source.status.connected
+
+    def test_a_watch_that_keeps_breaking_is_not_opened_over_and_over(
+        self, rig: Rig, watching: Following
+    ) -> None:
+        rig.manager.watch.send(rig.draining("meshed", version=7000))
+        watching.until(lambda: watching.states("meshed") == ["draining"])
+        rig.manager.before = lambda watch: watch.fail(WatchUnavailable("it breaks at once"))
+        rig.manager.watch.fail(WatchUnavailable("it broke"))
+        watching.until(lambda: rig.source.status.mode == "poll")
+        assert rig.source.status.mode_reason == "it breaks at once"
+        attempts = len(rig.manager.attempts)
+        time.sleep(0.5)
+        assert len(rig.manager.attempts) < attempts + 8
+
     def test_a_version_that_comes_with_the_transaction_counts_too(
         self, rig: Rig, watching: Following
     ) -> None:
@@ -211,6 +245,13 @@ class TestBrokenWatch:
         rig.manager.watch.fail(WatchUnavailable("handshake failed"))
         watching.until(lambda: len(rig.manager.watches) == 2)
         assert rig.manager.watch.root == "the new root"
+
+    def test_an_engine_that_does_not_tell_the_ca_is_polled(self, rig: Rig) -> None:
+        rig.engine.failing["/swarm"] = DockerRefused("forbidden by the socket proxy", status=403)
+        with following(rig.source) as follower:
+            follower.until(lambda: follower.snapshots)
+            assert rig.source.status.mode == "poll"
+            assert "forbidden by the socket proxy" in rig.source.status.mode_reason
 
     def test_watch_on_never_polls(self) -> None:
         rig = Rig(watch="on")

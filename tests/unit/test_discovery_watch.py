@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import queue
+import select
+import socket
+import ssl
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent import futures
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -16,6 +20,7 @@ import pytest
 from agent.discovery.cluster import Change, Network, Node, Service, Task, TaskState
 from agent.discovery.proto import watch_pb2 as pb
 from agent.discovery.swarm_watch import METHOD, opener
+from agent.discovery.tls_relay import TlsRelay
 from agent.errors import WatchCompacted, WatchUnavailable
 from agent.model import PublishedPort
 
@@ -32,7 +37,7 @@ OVERLAY = pb.Network(
 class Manager:
     """The Watch service of a manager, as far as a client can tell."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, alpn: bool = True) -> None:
         self.socket = str(directory / "control.sock")
         self.requests: list[pb.WatchRequest] = []
         self.compacted = False
@@ -41,8 +46,19 @@ class Manager:
         self.root = _certificate(directory, "swarm-manager")
         self._server = grpc.server(futures.ThreadPoolExecutor(4))
         self._server.add_generic_rpc_handlers((_Handlers(self._watch),))
-        pair = ((directory / "key.pem").read_bytes(), self.root.encode())
-        self._server.add_secure_port(f"unix:{self.socket}", grpc.ssl_server_credentials([pair]))
+        if alpn:
+            pair = ((directory / "key.pem").read_bytes(), self.root.encode())
+            credentials = grpc.ssl_server_credentials([pair])
+            self._server.add_secure_port(f"unix:{self.socket}", credentials)
+        else:
+            plain = str(directory / "plain.sock")
+            self._server.add_insecure_port(f"unix:{plain}")
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind(self.socket)
+            listener.listen()
+            threading.Thread(
+                target=_terminate_tls, args=(directory, listener, plain), daemon=True
+            ).start()
         self._server.start()
 
     def send(self, *events: tuple[int, pb.Object], version: int = 0) -> None:
@@ -68,6 +84,29 @@ class Manager:
         yield pb.WatchMessage()
         while (message := self._messages.get()) is not None:
             yield message
+
+
+def _terminate_tls(directory: Path, listener: socket.socket, plain: str) -> None:
+    """What a manager is that has renewed its certificate: TLS without a word about HTTP/2."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(directory / "cert.pem", directory / "key.pem")
+    with listener:
+        outside = context.wrap_socket(listener.accept()[0], server_side=True)
+    assert outside.selected_alpn_protocol() is None
+    outside.setblocking(False)
+    inside = socket.socket(socket.AF_UNIX)
+    inside.connect(plain)
+    with outside, inside:
+        while True:
+            select.select([outside, inside], [], [])
+            inside.setblocking(False)
+            for source, sink in ((outside, inside), (inside, outside)):
+                with suppress(ssl.SSLWantReadError, BlockingIOError):
+                    while True:
+                        data = source.recv(65536)
+                        if not data:
+                            return
+                        sink.sendall(data)
 
 
 class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
@@ -251,9 +290,45 @@ def test_a_manager_that_does_not_confirm_is_not_waited_for_for_ever(manager: Man
 
 def test_a_certificate_of_another_ca_is_refused(manager: Manager, tmp_path: Path) -> None:
     other = _certificate(tmp_path / "other", "swarm-manager")
-    with pytest.raises(WatchUnavailable, match="broke"):
+    with pytest.raises(WatchUnavailable, match="certificate is not the cluster's"):
         opener(manager.socket, timeout=5)(other, 0)
     assert manager.requests == []
+
+
+def test_a_manager_that_renewed_its_certificate_is_watched_too(tmp_path: Path) -> None:
+    manager = Manager(tmp_path, alpn=False)
+    watch = opener(manager.socket, timeout=5)(manager.root, 0)
+    manager.send((4, pb.Object(task=pb.Task(id="t1"))))
+    transaction = watch.next(5)
+    watch.close()
+    manager.stop()
+    assert transaction is not None
+    assert [change.record.id for change in transaction.changes] == ["t1"]
+
+
+def test_no_other_process_gets_to_the_manager_through_the_relay(manager: Manager) -> None:
+    relay = TlsRelay(
+        manager.socket, trust_root=manager.root, server_name="swarm-manager", timeout=5
+    )
+    name = relay.target.removeprefix("unix-abstract:")
+    stranger = (
+        "import socket\n"
+        "s = socket.socket(socket.AF_UNIX)\n"
+        "s.settimeout(5)\n"
+        f"s.connect(chr(0) + {name!r})\n"
+        "try:\n"
+        "    s.sendall(b'PRI * HTTP/2.0')\n"
+        "    print(s.recv(100))\n"
+        "except (ConnectionResetError, BrokenPipeError):\n"
+        "    print(b'')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", stranger], capture_output=True, text=True, timeout=20, check=False
+    )
+    assert done.stdout.strip() == "b''", done.stderr
+    with grpc.insecure_channel(relay.target) as channel:
+        grpc.channel_ready_future(channel).result(timeout=5)
+    relay.close()
 
 
 def test_what_is_wrong_with_the_socket_is_said_plainly(tmp_path: Path) -> None:

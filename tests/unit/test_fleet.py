@@ -375,6 +375,35 @@ def test_a_host_that_turns_bad_serves_on_as_it_was(nginx):
     assert nginx.reloads == 1
 
 
+def broken_template(files):
+    """Every host is refused, whichever it is."""
+    hosts = sorted(set(files) - {"00-ground.conf"})
+    return SiteRefused("unknown directive", file=hosts[0]) if hosts else None
+
+
+def test_a_template_that_breaks_every_host_takes_nothing_away_from_a_running_site(nginx):
+    names = {f"h{number}": () for number in range(20)}
+    with running(nginx) as rig:
+        settle(rig, desired(names))
+    good = nginx.generation
+    nginx.refuse_site = broken_template
+    with running(nginx, writer="agent-b") as rig:
+        rig.renderer.ground = "other"
+        rig.fleet.apply(desired(names))
+        eventually(lambda: rig.state() is InstanceState.REFUSED)
+        assert "more than half of the hosts" in rig.fleet.views()[0].error
+    assert nginx.generation == good
+
+
+def test_a_fresh_instance_serves_the_few_hosts_that_it_accepts(nginx):
+    nginx.refuse_site = lambda files: broken_template(
+        {k: v for k, v in files.items() if k != "h7.conf"}
+    )
+    with running(nginx) as rig:
+        settle(rig, desired({f"h{number}": () for number in range(20)}))
+    assert set(nginx.files) == {"00-ground.conf", "h7.conf"}
+
+
 def test_a_refused_host_is_tried_again_when_its_text_changes(nginx):
     nginx.refuse_site = refuses("b.conf", lambda text: "alias" not in text)
     first = desired({"a": (), "b": ()})

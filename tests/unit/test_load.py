@@ -367,6 +367,26 @@ def test_process_hands_over_its_records(serve):
     assert [record.status for record in result.records] == [200] * 5
 
 
+def test_process_ends_with_whoever_started_it(serve):
+    server = serve(lambda c, n, k: answer(c))
+    script = (
+        "import os, sys\n"
+        "from bench.load import LoadProcess, Plan\n"
+        f"load = LoadProcess(Plan(urls=({server.url!r},))).start()\n"
+        "print(load.pid, flush=True)\n"
+        "os._exit(0)\n"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=root, check=True, capture_output=True, text=True
+    )
+    proc = Path(f"/proc/{int(done.stdout)}")
+    end = time.monotonic() + 10
+    while proc.exists() and "\nState:\tZ" not in (proc / "status").read_text():
+        assert time.monotonic() < end, "the load runs on without its parent"
+        time.sleep(0.02)
+
+
 def test_process_that_cannot_start_says_why():
     with pytest.raises(RuntimeError, match="cannot resolve"):
         LoadProcess(Plan(urls=("http://no.such.invalid/",))).start()

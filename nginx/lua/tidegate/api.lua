@@ -33,6 +33,7 @@ local tostring = tostring
 local type = type
 
 local BUSY_PAUSE = 1
+local CHUNK = 65536     -- bytes of a long answer that are put together before they are sent
 local TOKEN_AGE = 5     -- seconds after which the token's file is read again
 
 local WRITER_RULE = "expected 1 to 128 printable ASCII characters"
@@ -50,9 +51,9 @@ function _M.configure(options)
 end
 
 
--- Answers; what refuses a call returns this, so that its caller gets nil.
+-- Answers with a value, or with text that is JSON already; what refuses a call returns this, so that its caller gets nil.
 local function send(status, value)
-    local text = json.encode(value)
+    local text = type(value) == "string" and value or json.encode(value)
     ngx.status = status
     ngx.header["Content-Type"] = "application/json"
     ngx.header["Content-Length"] = #text + 1
@@ -189,7 +190,7 @@ end
 local function get_membership()
     ngx.header["Content-Type"] = "application/json"
     ngx.print('{"revision":', tostring(ctl:get("revision") or 0), ',"upstreams":{')
-    local names, first = {}, true
+    local names, parts, size, first = {}, {}, 0, true
     for index, name in ipairs(store.names()) do
         names[index] = name
     end
@@ -197,13 +198,19 @@ local function get_membership()
     for _, name in ipairs(names) do
         local blob = store.get(name)
         if blob then
-            ngx.print(first and "" or ",", json.encode(name), ":",
-                      json.encode(wire.show_upstream(codec.decode(blob))))
+            local part = (first and "" or ",") .. json.quote(name) .. ":"
+                .. wire.show_upstream(codec.decode(blob))
             first = false
+            parts[#parts + 1] = part
+            size = size + #part
+            if size > CHUNK then
+                ngx.print(parts)
+                parts, size = {}, 0
+            end
         end
         store.breathe()
     end
-    ngx.print("}}\n")
+    ngx.print(parts, "}}\n")
 end
 
 

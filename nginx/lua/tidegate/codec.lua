@@ -67,20 +67,34 @@ local function by_id(a, b)
 end
 
 
--- Takes the peers of one group out of `peers`. An address that is already up is not given a
--- second time: a task that is being replaced under the same address must not look draining.
-local function take(peers, state, ups, order)
-    local seen, count = {}, 0
-    for _, peer in ipairs(peers) do
-        local address = peer.bytes .. ":" .. peer.port
-        if peer.state == state and peer.weight > 0 and not seen[address] and not ups[address] then
-            seen[address] = true
-            count = count + 1
-            order[#order + 1] = peer
-            peer.placed = true
+local function sort_by_id(peers)
+    for index = 2, #peers do
+        if not by_id(peers[index - 1], peers[index]) then
+            sort(peers, by_id)
+            return
         end
     end
-    return count, seen
+end
+
+
+-- Moves the peers of one group from `rest` to `order`; gives those that are left. An address that
+-- is already up is not taken a second time: a task that is being replaced under the same address
+-- must not look draining.
+local function take(rest, state, ups, order)
+    local seen, left = {}, {}
+    for _, peer in ipairs(rest) do
+        local address
+        if peer.state == state and peer.weight > 0 then
+            address = peer.bytes .. ":" .. peer.port
+        end
+        if address and not seen[address] and not ups[address] then
+            seen[address] = true
+            order[#order + 1] = peer
+        else
+            left[#left + 1] = peer
+        end
+    end
+    return left, seen
 end
 
 
@@ -90,16 +104,18 @@ end
 -- @return the value, and the number of peers that are being probed
 function _M.encode(upstream)
     local peers, order = upstream.peers, {}
-    sort(peers, by_id)
-    local up, ups = take(peers, UP, {}, order)
-    local draining = take(peers, DRAINING, ups, order)
-    local probing = take(peers, PROBING, ups, order)
+    sort_by_id(peers)
+    local rest, ups = take(peers, UP, {}, order)
+    local up = #order
+    rest = take(rest, DRAINING, ups, order)
+    local draining = #order - up
+    rest = take(rest, PROBING, ups, order)
+    local probing = #order - up - draining
+    for _, peer in ipairs(rest) do
+        order[#order + 1] = peer
+    end
     local text = #upstream.algorithm
     for _, peer in ipairs(peers) do
-        if not peer.placed then
-            order[#order + 1] = peer
-        end
-        peer.placed = nil
         text = text + #peer.id
     end
 

@@ -23,10 +23,13 @@ local array_mt = {}
 local _M = { null = cjson.null }
 
 
--- cjson writes a slash as `\/`, which is right and hard to read.
+--- JSON of a string. cjson writes a slash as `\/`, which is right and hard to read.
 local function quote(text)
     return (gsub(cjson.encode(text), "\\/", "/"))
 end
+
+
+_M.quote = quote
 
 
 --- Marks `list` (a new one if nil) as a list, so that it is written as one even when empty.

@@ -45,7 +45,8 @@ local HELD_RESULTS = { "resumed", "expired", "refused" }
 -- Places in the array of counters of one upstream.
 local BUCKETS = 15          -- 0 to 14: method class * 5 + status class
 local INFINITE = BUCKETS + #BOUNDS
-local SUM = INFINITE + 1
+local TOTAL = INFINITE + 1
+local SUM = TOTAL + 1
 local CONNECT_FAILURES = SUM + 1
 local RETRIES = SUM + 2
 local NO_PEER = SUM + 3
@@ -139,6 +140,7 @@ function _M.log()
         place = BUCKETS + index - 1
     end
     count[place] = count[place] + 1
+    count[TOTAL] = count[TOTAL] + 1
     count[SUM] = count[SUM] + seconds
     entry.dirty = true
     if direct then
@@ -233,57 +235,68 @@ local function inflight_by_name()
 end
 
 
--- One upstream's lines, by family.
-local function upstream_lines(families, name, busy)
-    local tag = 'upstream="' .. label(name) .. '"'
+local function add_line(families, family, labels, amount)
+    local lines = families[family]
+    lines[#lines + 1] = "tidegate_" .. family .. "{" .. labels .. "} " .. number(amount)
+end
+
+
+-- The counters of an upstream; none of those that never were above 0.
+local function counter_lines(families, name, tag)
     local function value(place)
         return met:get(name .. "\1" .. place)
     end
-    local function line(family, labels, amount)
-        local lines = families[family]
-        lines[#lines + 1] = "tidegate_" .. family .. "{" .. labels .. "} " .. number(amount)
-    end
-    for place = 0, BUCKETS - 1 do
-        local amount = value(place)
-        if amount then
-            line("requests_total", tag .. ',method="' .. METHODS[floor(place / 5) + 1]
-                 .. '",code="' .. (place % 5 + 1) .. 'xx"', amount)
-        end
-    end
-    local sum = value(SUM)
-    if sum or value(BUCKETS) then
-        local total, lines = 0, families.request_duration_seconds
-        local prefix = "tidegate_request_duration_seconds"
-        for place = BUCKETS, INFINITE do
-            total = total + (value(place) or 0)
-            local bound = place == INFINITE and "+Inf" or BOUNDS[place - BUCKETS + 1]
-            lines[#lines + 1] = prefix .. "_bucket{" .. tag .. ',le="' .. bound .. '"} '
-                .. number(total)
-        end
-        lines[#lines + 1] = prefix .. "_sum{" .. tag .. "} " .. number(sum or 0)
-        lines[#lines + 1] = prefix .. "_count{" .. tag .. "} " .. number(total)
-    end
-    if busy then
-        line("requests_in_flight", tag, busy)
-    end
-    if name == "" then
+    local total = value(TOTAL)
+    if not total then
         return
     end
-    line("upstream_connect_failures_total", tag, value(CONNECT_FAILURES) or 0)
-    line("upstream_retries_total", tag, value(RETRIES) or 0)
-    line("no_peer_total", tag, value(NO_PEER) or 0)
-    for index, result in ipairs(HELD_RESULTS) do
-        line("held_requests_total", tag .. ',result="' .. result .. '"',
-             value(HELD + index - 1) or 0)
+    local function line(family, labels, place)
+        local amount = value(place)
+        if amount then
+            add_line(families, family, labels, amount)
+        end
     end
-    local blob = store.get(name)
+    for place = 0, BUCKETS - 1 do
+        line("requests_total", tag .. ',method="' .. METHODS[floor(place / 5) + 1] .. '",code="'
+             .. (place % 5 + 1) .. 'xx"', place)
+    end
+    local sum, lines = 0, families.request_duration_seconds
+    local prefix = "tidegate_request_duration_seconds"
+    for place = BUCKETS, INFINITE do
+        sum = sum + (value(place) or 0)
+        local bound = place == INFINITE and "+Inf" or BOUNDS[place - BUCKETS + 1]
+        lines[#lines + 1] = prefix .. "_bucket{" .. tag .. ',le="' .. bound .. '"} ' .. number(sum)
+    end
+    lines[#lines + 1] = prefix .. "_sum{" .. tag .. "} " .. number(value(SUM) or 0)
+    lines[#lines + 1] = prefix .. "_count{" .. tag .. "} " .. number(sum)
+    line("upstream_connect_failures_total", tag, CONNECT_FAILURES)
+    line("upstream_retries_total", tag, RETRIES)
+    line("no_peer_total", tag, NO_PEER)
+    for index, result in ipairs(HELD_RESULTS) do
+        line("held_requests_total", tag .. ',result="' .. result .. '"', HELD + index - 1)
+    end
+end
+
+
+-- One upstream's lines, by family. What is 0 is left out, but for the peers that are up.
+local function upstream_lines(families, name, busy)
+    local tag = 'upstream="' .. label(name) .. '"'
+    counter_lines(families, name, tag)
+    if busy then
+        add_line(families, "requests_in_flight", tag, busy)
+    end
+    local blob = name ~= "" and store.get(name)
     local head = blob and codec.view(blob)
     if head then
-        line("peers", tag .. ',state="up"', head.up)
-        line("peers", tag .. ',state="draining"', head.draining)
-        line("peers", tag .. ',state="probing"', head.probing)
-        line("peers", tag .. ',state="idle"',
-             head.count - head.up - head.draining - head.probing)
+        local idle = head.count - head.up - head.draining - head.probing
+        add_line(families, "peers", tag .. ',state="up"', head.up)
+        for state, count in pairs({
+            draining = head.draining, probing = head.probing, idle = idle,
+        }) do
+            if count > 0 then
+                add_line(families, "peers", tag .. ',state="' .. state .. '"', count)
+            end
+        end
     end
 end
 
@@ -314,7 +327,7 @@ function _M.print(facts)
     end
     table.sort(names)
     for _, name in ipairs(names) do
-        upstream_lines(families, name, busy[name] or name ~= "" and 0 or nil)
+        upstream_lines(families, name, busy[name])
         store.breathe()
     end
     for _, family in ipairs(UPSTREAM_FAMILIES) do

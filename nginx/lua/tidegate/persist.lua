@@ -165,6 +165,9 @@ local function parse(data)
     local upstreams, at = {}, 1
     for _ = 1, head.upstreams do
         local name_size, blob_size = get_number(body, at), get_number(body, at + 4)
+        if not blob_size then
+            return nil, "has fewer upstreams than it says"
+        end
         local name_at = at + 8
         local name = sub(body, name_at, name_at + name_size - 1)
         local blob = sub(body, name_at + name_size, name_at + name_size + blob_size - 1)

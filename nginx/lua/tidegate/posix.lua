@@ -25,6 +25,7 @@ pcall(ffi.cdef, "int fsync(int fd);")
 pcall(ffi.cdef, "int fcntl(int fd, int cmd, ...);")
 pcall(ffi.cdef, "int getdtablesize(void);")
 pcall(ffi.cdef, "long syscall(long number, ...);")
+pcall(ffi.cdef, "size_t strlen(const char *text);")
 pcall(ffi.cdef, "char *strerror(int errnum);")
 pcall(ffi.cdef, "int inet_pton(int af, const char *src, void *dst);")
 pcall(ffi.cdef, "const char *inet_ntop(int af, const void *src, char *dst, unsigned int size);")
@@ -181,7 +182,7 @@ end
 --- Reads an IPv4 or IPv6 address.
 -- @return 4 or 6, and its 4 or 16 bytes; nil where it is none
 function _M.parse_address(text)
-    if #text > 45 or text:find("%z") then
+    if #text > 45 or tonumber(C.strlen(text)) ~= #text then
         return nil
     end
     if C.inet_pton(AF_INET, text, address_buffer) == 1 then

@@ -89,9 +89,13 @@ local function wait_for(limit, check)
 end
 
 
+-- Takes a directory out of the way at once, and deletes it in the background.
 local function remove_tree(path)
-    posix.close_on_exec()
-    execute("rm -rf -- " .. posix.quote(path))
+    local doomed = format("%s.%d-%d.old", path, ngx.worker.pid(), ctl:incr("removed", 1, 0))
+    if os_rename(path, doomed) then
+        posix.close_on_exec()
+        execute("rm -rf -- " .. posix.quote(doomed) .. " </dev/null >/dev/null 2>&1 &")
+    end
 end
 
 

@@ -6,8 +6,9 @@
 -- never overwritten, since a failed `set` loses the old one. A request compares one number with
 -- what its worker knows, so a push is in force everywhere the moment it is acknowledged.
 --
--- Whoever writes holds the lock "push". Between flips and revision the mark "dirty" stands: a
--- worker that is killed there leaves a mixture, and the next push has to be a full one.
+-- Whoever writes holds the lock "push". Between flips and revision the mark "dirty" stands with the
+-- revision that was to be: a worker that is killed there leaves a mixture. Whoever writes next then
+-- gives it a revision of its own, so that no delta made from anything else is taken.
 
 local codec = require "tidegate.codec"
 local lock = require "tidegate.lock"
@@ -137,8 +138,9 @@ local function unstage(entry)
 end
 
 
--- Deletes what a worker that was killed in the middle of a push had staged.
-local function sweep()
+-- Deletes what a worker that was killed in the middle of a push had staged, and settles what it
+-- had begun to put in force.
+local function recover()
     for _, name in ipairs(ptr:get_keys(0)) do
         if ptr:get(name) == 0 then
             ptr:delete(name)
@@ -151,6 +153,19 @@ local function sweep()
         end
     end
     ctl:incr("names", 1, 0)
+    local intended = ctl:get("dirty")
+    if intended then
+        local peers = 0
+        for _, name in ipairs(_M.names()) do
+            local blob = _M.get(name)
+            peers = peers + (blob and codec.view(blob).count or 0)
+        end
+        ctl:set("peers", peers)
+        ctl:set("writer", "")
+        ctl:set("revision", intended + 1)
+        ctl:incr("content", 1, 0)
+        ctl:delete("dirty")
+    end
 end
 
 
@@ -173,8 +188,8 @@ local function locked(job, ...)
     if not token then
         return nil, { kind = "busy" }
     end
-    if orphaned then
-        sweep()
+    if orphaned or ctl:get("dirty") then
+        recover()
     end
     local ok, result, refusal = pcall(job, token, ...)
     lock.release(LOCK, token)
@@ -210,11 +225,10 @@ end
 local function apply(token, push)
     local current = ctl:get("revision") or 0
     local full = push.base_revision == nil
-    if push.revision == current and ctl:get("writer") == push.writer and not ctl:get("dirty") then
+    if push.revision == current and ctl:get("writer") == push.writer then
         return { revision = current, upserted = 0, removed = 0, changed = {}, removed_names = {} }
     end
-    if push.revision <= current or not full and push.base_revision ~= current
-            or not full and ctl:get("dirty") then
+    if push.revision <= current or not full and push.base_revision ~= current then
         return nil, { kind = "revision", revision = current }
     end
 
@@ -271,7 +285,7 @@ local function apply(token, push)
     end
 
     -- From here to the end nothing yields and nothing can fail.
-    ctl:set("dirty", true)
+    ctl:set("dirty", push.revision)
     local changed, renamed = {}, #removed > 0
     for index, entry in ipairs(staged) do
         flip(entry)

@@ -8,9 +8,13 @@ local json = require "tidegate.json"
 local pickers = require "tidegate.pickers"
 local posix = require "tidegate.posix"
 
+local byte = string.byte
+local concat = table.concat
 local find = string.find
 local floor = math.floor
+local ipairs = ipairs
 local pairs = pairs
+local sort = table.sort
 local tostring = tostring
 local type = type
 
@@ -43,7 +47,16 @@ end
 
 --- Whether `value` is 1 to 128 printable ASCII characters.
 local function is_token(value)
-    return type(value) == "string" and #value <= 128 and find(value, "^[\32-\126]+$") ~= nil
+    if type(value) ~= "string" or #value == 0 or #value > 128 then
+        return false
+    end
+    for index = 1, #value do
+        local code = byte(value, index)
+        if code < 32 or code > 126 then
+            return false
+        end
+    end
+    return true
 end
 
 
@@ -94,17 +107,21 @@ local function shown(value)
 end
 
 
-local function read_peer(errors, name, path, item, ids)
+local function read_peer(errors, name, index, item, ids)
     if not is_object(item) then
-        fault(errors, name, path, "is " .. shown(item) .. "; expected an object")
+        fault(errors, name, "peers[" .. index .. "]", "is " .. shown(item)
+              .. "; expected an object")
         return nil
     end
     local before = #errors
+    local function wrong(field, message)
+        fault(errors, name, "peers[" .. index .. "]." .. field,
+              "is " .. shown(item[field]) .. message)
+    end
     if not is_token(item.id) then
-        fault(errors, name, path .. ".id",
-              "is " .. shown(item.id) .. "; expected 1 to 128 printable ASCII characters")
+        wrong("id", "; expected 1 to 128 printable ASCII characters")
     elseif ids[item.id] then
-        fault(errors, name, path .. ".id", "is " .. shown(item.id) .. ", as another peer's")
+        wrong("id", ", as another peer's")
     else
         ids[item.id] = true
     end
@@ -113,23 +130,20 @@ local function read_peer(errors, name, path, item, ids)
         family, bytes = posix.parse_address(item.address)
     end
     if not family then
-        fault(errors, name, path .. ".address",
-              "is " .. shown(item.address) .. "; expected an IPv4 or IPv6 address")
+        wrong("address", "; expected an IPv4 or IPv6 address")
     elseif UNSPECIFIED[bytes] then
-        fault(errors, name, path .. ".address",
-              "is " .. shown(item.address) .. ", which is nobody's address")
+        wrong("address", ", which is nobody's address")
     end
     if not whole(item.port, 1, 65535) then
-        fault(errors, name, path .. ".port", "is " .. shown(item.port) .. "; expected 1 to 65535")
+        wrong("port", "; expected 1 to 65535")
     end
     local weight = item.weight == nil and 1 or item.weight
     if not whole(weight, 0, MAX_WEIGHT) then
-        fault(errors, name, path .. ".weight", "is " .. shown(weight) .. "; expected 0 to 1000")
+        wrong("weight", "; expected 0 to 1000")
     end
     local state = STATES[item.state == nil and "up" or item.state]
     if not state then
-        fault(errors, name, path .. ".state",
-              "is " .. shown(item.state) .. "; expected up or draining")
+        wrong("state", "; expected up or draining")
     end
     if #errors > before then
         return nil
@@ -184,8 +198,7 @@ function _M.read_upstream(name, item, errors, unsupported)
     end
     local peers, ids = {}, {}
     for index = 1, count do
-        peers[index] = read_peer(errors, name, "peers[" .. (index - 1) .. "]",
-                                 item.peers[index], ids)
+        peers[index] = read_peer(errors, name, index - 1, item.peers[index], ids)
         if #errors >= MAX_ERRORS then
             break
         end
@@ -213,25 +226,20 @@ function _M.read_names(value)
 end
 
 
---- An upstream and the state of its peers as the API shows it.
+--- An upstream and the state of its peers as the API shows it, as JSON text.
+-- There may be 100,000 peers to show, so this is put together by hand.
 function _M.show_upstream(upstream)
-    local peers = json.array()
+    sort(upstream.peers, function(a, b) return a.id < b.id end)
+    local parts = {}
     for index, peer in ipairs(upstream.peers) do
-        peers[index] = {
-            id = peer.id,
-            address = posix.format_address(peer.family, peer.bytes),
-            port = peer.port,
-            weight = peer.weight,
-            state = peer.state == codec.DRAINING and "draining" or "up",
-            live = { state = codec.names[peer.state] },
-        }
+        parts[index] = '{"id":' .. json.quote(peer.id)
+            .. ',"address":"' .. posix.format_address(peer.family, peer.bytes)
+            .. '","port":' .. peer.port .. ',"weight":' .. peer.weight
+            .. ',"state":"' .. (peer.state == codec.DRAINING and "draining" or "up")
+            .. '","live":{"state":"' .. codec.names[peer.state] .. '"}}'
     end
-    table.sort(peers, function(a, b) return a.id < b.id end)
-    return {
-        policy = { algorithm = upstream.algorithm },
-        hold = upstream.hold,
-        peers = peers,
-    }
+    return '{"policy":{"algorithm":' .. json.quote(upstream.algorithm) .. '},"hold":'
+        .. json.encode(upstream.hold) .. ',"peers":[' .. concat(parts, ",") .. "]}"
 end
 
 
