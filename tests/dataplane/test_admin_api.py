@@ -460,3 +460,26 @@ def test_the_healthcheck_tells_a_running_instance(proxy: Proxy) -> None:
     assert subprocess.run(["sh", script], env=env, timeout=20).returncode == 0
     proxy.stop()
     assert subprocess.run(["sh", script], env=env, timeout=20).returncode != 0
+
+
+def test_reading_much_while_it_changes_is_right_and_harms_no_worker(proxy: Proxy) -> None:
+    """Values are read in place: one that is collected too early would show here."""
+    workers = proxy.workers()
+
+    def pushed(turn: int) -> dict[str, dict[str, object]]:
+        ids = (f"{turn:08}-{'x' * 40}-{k}" for k in range(10))
+        peers = [peer(80 + k, id=name) for k, name in enumerate(ids)]
+        return {f"host-{n}.test/": upstream(*peers) for n in range(1500)}
+
+    for turn in range(6):
+        assert proxy.admin.put(pushed(turn)).status == 200
+        answer = proxy.admin.call("GET", "/v1/membership").json()
+        shown = answer["upstreams"]
+        assert len(shown) == 1500
+        for item in shown.values():
+            assert [p["port"] for p in item["peers"]] == list(range(80, 90))
+            assert {p["id"].partition("-")[0] for p in item["peers"]} == {f"{turn:08}"}
+        seen = proxy.admin.metrics()
+        counts = [v for k, v in seen.items() if k.startswith("tidegate_peers{")]
+        assert sum(counts) == 15000
+    assert proxy.workers() == workers

@@ -51,7 +51,8 @@ function _M.configure(options)
 end
 
 
--- Answers with a value, or with text that is JSON already; what refuses a call returns this, so that its caller gets nil.
+-- Answers with a value, or with text that is JSON already. What refuses a call returns this, so
+-- that its caller gets nil.
 local function send(status, value)
     local text = type(value) == "string" and value or json.encode(value)
     ngx.status = status

@@ -41,7 +41,7 @@ local ejections = 0
 
 -- What the worker needs of a version; `blob` keeps the records alive.
 local function open(name, blob, number, before)
-    local head, peers = codec.view(blob)
+    local head, peers = codec.head(blob), codec.peers(blob)
     local candidates = head.up + head.draining
     if head.hold == 0 then
         candidates = candidates + head.probing
@@ -59,7 +59,7 @@ local function open(name, blob, number, before)
         tries = tries > 1 and tries,
         hosts = {},
         stats = metrics.of(name),
-        picker = pickers.new(codec.algorithm(blob), {
+        picker = pickers.new(codec.algorithm(blob, head), {
             peers = peers,
             count = head.up,
             uniform = head.uniform == 1,

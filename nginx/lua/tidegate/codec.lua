@@ -14,6 +14,7 @@ local ffi_new = ffi.new
 local ffi_string = ffi.string
 local ipairs = ipairs
 local sort = table.sort
+local sub = string.sub
 
 ffi.cdef [[
 typedef struct {
@@ -45,7 +46,8 @@ typedef struct {
 local MAGIC = 0x54473031
 local HEAD_SIZE = ffi.sizeof("tidegate_head_t")
 local PEER_SIZE = ffi.sizeof("tidegate_peer_t")
-local head_ptr = ffi.typeof("const tidegate_head_t *")
+local ADDRESS_OFFSET = ffi.offsetof("tidegate_peer_t", "address")
+local head_type = ffi.typeof("tidegate_head_t")
 local peer_ptr = ffi.typeof("const tidegate_peer_t *")
 local head_out = ffi.typeof("tidegate_head_t *")
 local peer_out = ffi.typeof("tidegate_peer_t *")
@@ -159,49 +161,55 @@ function _M.encode(upstream)
 end
 
 
---- The head of packed `blob` and its peers (index from 0), in place; nil where it is not one.
--- Both are valid only as long as `blob` is referenced.
-function _M.view(blob)
+--- The head of packed `blob`, a copy; nil where it is not one.
+function _M.head(blob)
     if #blob < HEAD_SIZE then
         return nil
     end
-    local head = cast(head_ptr, blob)
-    if head.magic ~= MAGIC or #blob < HEAD_SIZE + head.count * PEER_SIZE then
+    local head = head_type()
+    copy(head, blob, HEAD_SIZE)
+    if head.magic ~= MAGIC or #blob < HEAD_SIZE + head.count * PEER_SIZE + head.algorithm then
         return nil
     end
-    return head, cast(peer_ptr, cast(char_ptr, blob) + HEAD_SIZE)
+    return head
 end
 
 
---- Name of the algorithm of packed `blob`.
-function _M.algorithm(blob)
-    local head = _M.view(blob)
-    return ffi_string(cast(char_ptr, blob) + HEAD_SIZE + head.count * PEER_SIZE, head.algorithm)
+--- The peers of packed `blob`, in place, index from 0. The caller keeps `blob` referenced as long
+-- as it uses them: a pointer does not keep a string from being collected.
+function _M.peers(blob)
+    return cast(peer_ptr, cast(char_ptr, blob) + HEAD_SIZE)
+end
+
+
+--- Name of the algorithm of packed `blob` with `head`.
+function _M.algorithm(blob, head)
+    local at = HEAD_SIZE + head.count * PEER_SIZE
+    return sub(blob, at + 1, at + head.algorithm)
 end
 
 
 --- Unpacks `blob` into what `encode` takes.
 function _M.decode(blob)
-    local head, records = _M.view(blob)
-    local strings = cast(char_ptr, blob) + HEAD_SIZE + head.count * PEER_SIZE
-    local peers = {}
+    local head = _M.head(blob)
+    local records, peers = _M.peers(blob), {}
+    local strings = HEAD_SIZE + head.count * PEER_SIZE
     for index = 0, head.count - 1 do
         local record = records[index]
+        local address = HEAD_SIZE + index * PEER_SIZE + ADDRESS_OFFSET
+        local id = strings + record.id_offset
         peers[index + 1] = {
-            id = ffi_string(strings + record.id_offset, record.id_length),
             family = record.family,
-            bytes = ffi_string(record.address, record.family == 6 and 16 or 4),
             port = record.port,
             weight = record.weight,
             state = record.state,
             since = record.since,
+            bytes = sub(blob, address + 1, address + (record.family == 6 and 16 or 4)),
+            id = sub(blob, id + 1, id + record.id_length),
         }
     end
-    return {
-        algorithm = ffi_string(strings, head.algorithm),
-        hold = head.hold,
-        peers = peers,
-    }
+    -- Reading the name last keeps the blob, which the records point into, alive until here.
+    return { peers = peers, hold = head.hold, algorithm = _M.algorithm(blob, head) }
 end
 
 

@@ -286,7 +286,7 @@ local function upstream_lines(families, name, busy)
         add_line(families, "requests_in_flight", tag, busy)
     end
     local blob = name ~= "" and store.get(name)
-    local head = blob and codec.view(blob)
+    local head = blob and codec.head(blob)
     if head then
         local idle = head.count - head.up - head.draining - head.probing
         add_line(families, "peers", tag .. ',state="up"', head.up)

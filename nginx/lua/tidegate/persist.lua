@@ -171,7 +171,7 @@ local function parse(data)
         local name_at = at + 8
         local name = sub(body, name_at, name_at + name_size - 1)
         local blob = sub(body, name_at + name_size, name_at + name_size + blob_size - 1)
-        if not codec.view(blob) then
+        if not codec.head(blob) then
             return nil, "has a record that cannot be read"
         end
         upstreams[name] = blob

@@ -47,7 +47,7 @@ local function admit(name, peer)
     end
     list = { peer }
     admitted[name] = list
-    sleep(0)
+    sleep(0.001)
     admitted[name] = nil
     store.admit(name, list)
 end

@@ -42,12 +42,13 @@ local function key_of(name, number)
 end
 
 
--- Lets other requests of this worker run; called in loops over many upstreams.
+-- Lets other requests of this worker run; called in loops over many upstreams. Not `sleep(0)`: on
+-- Debian's build that comes back before nginx has looked at any socket.
 local slice_start = 0
 local function breathe()
     update_time()
     if now() - slice_start > SLICE then
-        sleep(0)
+        sleep(0.001)
         update_time()
         slice_start = now()
     end
@@ -158,7 +159,7 @@ local function recover()
         local peers = 0
         for _, name in ipairs(_M.names()) do
             local blob = _M.get(name)
-            peers = peers + (blob and codec.view(blob).count or 0)
+            peers = peers + (blob and codec.head(blob).count or 0)
         end
         ctl:set("peers", peers)
         ctl:set("writer", "")
@@ -269,7 +270,7 @@ local function apply(token, push)
             local blob = not push.upsert[name] and _M.get(name)
             if blob then
                 removed[#removed + 1] = name
-                peers = peers - codec.view(blob).count
+                peers = peers - codec.head(blob).count
             end
         end
     end
@@ -342,7 +343,7 @@ end
 function _M.probing_peers(name)
     local blob = _M.get(name)
     local result = {}
-    local head = blob and codec.view(blob)
+    local head = blob and codec.head(blob)
     if not head or head.probing == 0 then
         return result
     end
@@ -400,7 +401,7 @@ end
 function _M.load(saved)
     local count, peers = 0, 0
     for name, blob in pairs(saved.upstreams) do
-        local head = codec.view(blob)
+        local head = codec.head(blob)
         if not head then
             return nil, "the record of upstream " .. name .. " cannot be read"
         end
