@@ -16,7 +16,7 @@ LOOPBACK = ("throughput", "change")
 SWARM = ("swarm-change", "swarm-idle")
 
 
-ROUNDS, SECONDS = 9, 3.0
+ROUNDS, SECONDS = 9, 3
 CHANGES = 200
 SCALINGS = 50
 

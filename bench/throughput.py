@@ -169,13 +169,13 @@ def _busy_seconds() -> float:
     return (sum(fields) - idle) / os.sysconf("SC_CLK_TCK")
 
 
-def _wrk(way: Way, masters: list[int], seconds: float) -> Run:
+def _wrk(way: Way, masters: list[int], seconds: int) -> Run:
     """One run through `way`; `masters` are those whose workers are ours, the proxy's included."""
     before, busy = {master: _cpu_seconds(master) for master in masters}, _busy_seconds()
     own = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.monotonic()
     command = ["wrk", "--threads", "1", "--connections", str(CONNECTIONS), "--latency"]
-    command += ["--duration", f"{seconds:g}s", "--header", f"Host: {HOST}"]
+    command += ["--duration", f"{seconds}s", "--header", f"Host: {HOST}"]
     command.append(f"http://127.0.0.1:{way.port}/")
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -241,6 +241,8 @@ def _ways() -> Iterator[tuple[list[Way], int]]:
                 Way("static, same nginx", static_port, master),
                 Way("dynamic", pair.port, master),
             ]
+            # The worker from before the site's reload may still be about to end.
+            pair.wait_for(lambda: len(pair.workers()) == 1, "the old worker to end")
             for way in ways:
                 _wait(way.port)
             _keep_apart(ways, processes[:1])
@@ -252,7 +254,7 @@ def _ways() -> Iterator[tuple[list[Way], int]]:
                 process.stop()
 
 
-def _rounds(rounds: int, seconds: float) -> tuple[dict[str, list[Run]], int]:
+def _rounds(rounds: int, seconds: int) -> tuple[dict[str, list[Run]], int]:
     """So many rounds that others left alone, and how many were thrown away.
 
     Raises:
@@ -263,7 +265,7 @@ def _rounds(rounds: int, seconds: float) -> tuple[dict[str, list[Run]], int]:
     with _ways() as (ways, backends):
         masters = [backends, *{way.master for way in ways}]
         for way in ways:
-            _wrk(way, masters, 1.0)
+            _wrk(way, masters, 1)
             found[way.name] = []
         while len(found["dynamic"]) < rounds:
             turn = (len(found["dynamic"]) + thrown_away) % len(ways)
@@ -282,7 +284,7 @@ def _rounds(rounds: int, seconds: float) -> tuple[dict[str, list[Run]], int]:
     return found, thrown_away
 
 
-def measure(rounds: int, seconds: float) -> Section:
+def measure(rounds: int, seconds: int) -> Section:
     """Run wrk through each way, so many interleaved rounds of so many seconds."""
     found, thrown_away = _rounds(rounds, seconds)
     dynamic = found["dynamic"]
@@ -304,7 +306,7 @@ def measure(rounds: int, seconds: float) -> Section:
         )
     about = paragraph(
         f"3 backends (nginx `return 200`), keep-alive to both sides, {CONNECTIONS} connections of",
-        f"wrk, one nginx worker on a core of its own, {rounds} interleaved rounds of {seconds:g} s",
+        f"wrk, one nginx worker on a core of its own, {rounds} interleaved rounds of {seconds} s",
         f"({thrown_away} more were thrown away because others used the machine). Medians, with",
         "range in brackets; the ratio is taken within each round. `static, same nginx` differs",
         "from `dynamic` in the upstream alone, `static, plain nginx` is an nginx without any Lua",

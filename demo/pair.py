@@ -264,7 +264,7 @@ class Pair:
         self._start_openresty()
         self._start_agent()
         for service in services:
-            self._wait(
+            self.wait_for(
                 lambda host=service.host: probe(self.port, host).status == 200,  # type: ignore[misc]
                 f"http://{service.host}:{self.port}/ to answer",
             )
@@ -317,7 +317,7 @@ class Pair:
             env=env,
             user=self._user,
         )
-        self._wait(lambda: self._get("/healthz") is not None, "the admin API of OpenResty")
+        self.wait_for(lambda: self._get("/healthz") is not None, "the admin API of OpenResty")
 
     def _start_agent(self) -> None:
         settings = f"""\
@@ -343,7 +343,8 @@ Token = "{self._token}"
             log=self.directory / "agent.log",
         )
 
-    def _wait(self, condition: Callable[[], bool], what: str) -> None:
+    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
+        """Wait until `condition`; DemoError with both logs when it takes too long."""
         end = time.monotonic() + _START_SECONDS
         while not condition():
             self.check()
@@ -376,7 +377,7 @@ Token = "{self._token}"
 
     def wait_peers(self, host: str, condition: Callable[[dict[str, str]], bool], what: str) -> None:
         """Wait until the peers of `host`, as OpenResty has them, fulfil `condition`."""
-        self._wait(lambda: condition(self.peers(host)), what)
+        self.wait_for(lambda: condition(self.peers(host)), what)
 
     def workers(self) -> dict[int, float]:
         """Worker pids, also old ones that finish their work, with their start (s since boot)."""

@@ -10,7 +10,7 @@ set -eu
 purpose=${1:-}
 python=${PYTHON:-python3}
 web="nginx-light libnginx-mod-http-lua lua-cjson"
-lab="docker.io debootstrap iproute2 iptables procps util-linux"
+lab="docker.io docker-compose debootstrap iproute2 iptables procps util-linux"
 tools="lua-check wrk openssl curl ca-certificates"
 
 case $purpose in

@@ -38,11 +38,13 @@ local LOCK = "persist"
 local REST = 20
 local MIN_REST = 0.1
 local MAX_REST = 10
+local FLUSH_PATIENCE = 2
 
 local _M = {}
 
 local path
 local scheduled = false
+local token                 -- of the lock, while this worker writes
 
 
 local function put_number(value)
@@ -99,7 +101,7 @@ local function write(replace, breathe)
     if content == (ctl:get("persisted_content") or 0) then
         return
     end
-    local token = lock.acquire(LOCK, 0)
+    token = token or lock.acquire(LOCK, 0)
     if not token then
         return
     end
@@ -114,6 +116,7 @@ local function write(replace, breathe)
         ngx.log(ngx.ERR, "tidegate: the membership cannot be kept on disk: ", err)
     end
     lock.release(LOCK, token)
+    token = nil
 end
 
 
@@ -143,8 +146,12 @@ function _M.schedule()
 end
 
 
---- Writes it now, without yielding: for a worker that ends.
+--- Writes it now, without yielding: for a worker that ends. What it was writing in a thread comes
+-- to its end first, or the older state would replace the newer one.
 function _M.flush()
+    if token then
+        posix.await_replaced(path, FLUSH_PATIENCE)
+    end
     write(posix.replace, function() end)
 end
 

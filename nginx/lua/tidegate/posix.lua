@@ -22,6 +22,8 @@ pcall(ffi.cdef, "int mkdir(const char *path, unsigned int mode);")
 pcall(ffi.cdef, "int open(const char *path, int flags, ...);")
 pcall(ffi.cdef, "int close(int fd);")
 pcall(ffi.cdef, "int fsync(int fd);")
+pcall(ffi.cdef, "int access(const char *path, int mode);")
+pcall(ffi.cdef, "int usleep(unsigned int microseconds);")
 pcall(ffi.cdef, "int fcntl(int fd, int cmd, ...);")
 pcall(ffi.cdef, "int getdtablesize(void);")
 pcall(ffi.cdef, "long syscall(long number, ...);")
@@ -147,6 +149,17 @@ function _M.replace(target, data)
         _M.fsync((target:gsub("/[^/]*$", "")))
     end
     return ok, err
+end
+
+
+--- Waits up to `seconds` for `replace(target)`, which another thread has begun, to end.
+function _M.await_replaced(target, seconds)
+    for _ = 1, seconds * 200 do
+        if C.access(target .. ".new", 0) ~= 0 then
+            return
+        end
+        C.usleep(5000)
+    end
 end
 
 
