@@ -446,6 +446,8 @@ def _show_plan(desired: Desired, plans: Sequence[Any]) -> None:
                 f"  site: {len(item.files)} files, generation {item.generation[:12] or 'none'} -> "
                 f"{item.new_generation[:12]}: a reload is needed"
             )
+            for file, change in item.file_changes:
+                click.echo(f"    {file} {change}")
         else:
             click.echo("  site: unchanged, no reload")
     for rejection in desired.rejections:

@@ -6,7 +6,7 @@ lease and no retries. What would be pushed is found by the fleet's own `diff`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from agent.driver.parts import Connect, Rendered, Renderer, diff
@@ -38,6 +38,7 @@ class InstancePlan:
         revision, generation: what it holds and runs now.
         new_generation: what it would run.
         files: names of the rendered files.
+        file_changes: those that would be added, removed or changed, with which of the three.
     """
 
     name: str
@@ -49,6 +50,7 @@ class InstancePlan:
     generation: str = ""
     new_generation: str = ""
     files: tuple[str, ...] = ()
+    file_changes: tuple[tuple[str, str], ...] = ()
 
     @property
     def reload(self) -> bool:
@@ -76,6 +78,7 @@ class InstancePlan:
             "new_generation": self.new_generation,
             "reload": self.reload and not self.error,
             "files": list(self.files),
+            "file_changes": dict(self.file_changes),
         }
 
 
@@ -94,6 +97,7 @@ def plan(
         try:
             status = client.status()
             _, held = client.membership()
+            running = client.site()
         except DriverError as error:
             result.append(InstancePlan(name=target.name, url=client.url, error=str(error)))
             continue
@@ -121,9 +125,24 @@ def plan(
                 generation=status.generation,
                 new_generation=generation,
                 files=tuple(site.files),
+                file_changes=_file_changes(running, site.files),
             )
         )
     return tuple(result)
+
+
+def _file_changes(
+    before: Mapping[str, str], after: Mapping[str, str]
+) -> tuple[tuple[str, str], ...]:
+    changes = []
+    for name in sorted(before.keys() | after.keys()):
+        if name not in before:
+            changes.append((name, "added"))
+        elif name not in after:
+            changes.append((name, "removed"))
+        elif before[name] != after[name]:
+            changes.append((name, "changed"))
+    return tuple(changes)
 
 
 def _change(before: Upstream | None, after: Upstream) -> UpstreamChange:

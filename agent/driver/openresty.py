@@ -171,6 +171,12 @@ class Instance:
             {"writer": writer, "revision": revision, "upstreams": upstreams},
         )
 
+    def site(self) -> Mapping[str, str]:
+        """The files that it runs, name to text; none before its first site."""
+        answer = self._call("GET", "/v1/site")
+        with _understood("GET /v1/site"):
+            return {str(name): str(text) for name, text in answer["files"].items()}
+
     def put_site(self, *, writer: str, generation: str, files: Mapping[str, str]) -> bool:
         """Replace the site, and return when a new worker runs it.
 

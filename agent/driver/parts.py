@@ -45,6 +45,9 @@ class AdminClient(Protocol):
     def put(self, *, writer: str, revision: int, membership: Membership) -> None:
         """Replace all upstreams."""
 
+    def site(self) -> Mapping[str, str]:
+        """The files that it runs, name to text."""
+
     def put_site(self, *, writer: str, generation: str, files: Mapping[str, str]) -> bool:
         """Replace the site; returns whether nginx was reloaded."""
 

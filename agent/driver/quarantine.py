@@ -37,11 +37,17 @@ class Quarantine:
     def __init__(self) -> None:
         self._accepted: Mapping[str, str] = {}
         self._refused: Mapping[str, _Refusal] = {}
+        self._knows_accepted = False
 
     @property
     def hosts(self) -> tuple[str, ...]:
         """The refused hosts."""
         return tuple(sorted(item.host for item in self._refused.values()))
+
+    @property
+    def knows_accepted(self) -> bool:
+        """Whether it is known what nginx accepted last; after a start of the agent it is not."""
+        return self._knows_accepted
 
     def select(self, rendered: Rendered) -> dict[str, str]:
         """The files to push: refused ones give way to what was accepted before, or to nothing."""
@@ -81,6 +87,7 @@ class Quarantine:
 
     def accepted(self, files: Mapping[str, str], rendered: Rendered) -> None:
         """nginx runs these files."""
+        self._knows_accepted = True
         self._accepted = {name: text for name, text in files.items() if name in rendered.hosts}
         self._refused = {
             name: item

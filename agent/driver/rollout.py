@@ -202,6 +202,9 @@ class Rollout:
             if generation == running:
                 worker.quarantine.accepted(files, rendered)
                 return generation
+            if running and not worker.quarantine.knows_accepted:
+                # What runs was accepted, by whichever agent: a host that is refused keeps it.
+                worker.quarantine.accepted(client.site(), rendered)
             log.info(
                 "OpenResty %s: pushing site %s, %d hosts",
                 name,

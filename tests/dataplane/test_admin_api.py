@@ -304,7 +304,7 @@ def test_unknown_paths_and_methods(shared: Proxy) -> None:
     assert (answer.status, answer.json()["error"]) == (405, "method_not_allowed")
     assert answer.headers["allow"] == "GET, PATCH, PUT"
     assert shared.admin.call("DELETE", "/v1/membership/keep").status == 405
-    assert shared.admin.call("GET", "/v1/site").status == 405
+    assert shared.admin.call("DELETE", "/v1/site").status == 405
     assert shared.admin.call("POST", "/metrics").status == 405
 
 

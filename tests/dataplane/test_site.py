@@ -46,6 +46,14 @@ def assert_unharmed(proxy: Proxy, workers: set[int]) -> None:
     assert current == proxy.admin.status()["generation"]
 
 
+def test_the_site_that_runs_can_be_read_back(proxy: Proxy) -> None:
+    assert proxy.admin.call("GET", "/v1/site").json() == {"generation": "", "files": {}}
+    files = site(proxy.http_port, HOSTS)
+    proxy.admin.site(files)
+    read = proxy.admin.call("GET", "/v1/site").json()
+    assert read == {"generation": generation_of(files), "files": files}
+
+
 def test_a_site_is_confirmed_by_a_new_worker(serving: Proxy) -> None:
     old = serving.workers()
     files = site(serving.http_port, {**HOSTS, "b.test": {"/": A}})
@@ -64,6 +72,18 @@ def test_the_generation_that_runs_is_not_loaded_again(serving: Proxy) -> None:
     answer = serving.admin.site(site(serving.http_port, HOSTS))
     assert (answer.status, answer.json()["reloaded"]) == (200, False)
     assert serving.workers() == workers
+
+
+def test_the_site_that_runs_can_be_read(make_proxy: Callable[..., Proxy]) -> None:
+    proxy = make_proxy()
+    proxy.start()
+    assert proxy.admin.call("GET", "/v1/site").json() == {"generation": "", "files": {}}
+    files = site(proxy.http_port, HOSTS)
+    assert proxy.admin.site(files).status == 200
+    running = {"generation": generation_of(files), "files": files}
+    assert proxy.admin.call("GET", "/v1/site").json() == running
+    assert proxy.admin.site({**files, "bad.conf": "evil;"}).status == 422
+    assert proxy.admin.call("GET", "/v1/site").json() == running
 
 
 def test_a_membership_change_is_no_reload(serving: Proxy, backend: Backend) -> None:

@@ -149,6 +149,10 @@ class FakeClient:
             s.lose_answers -= 1
             raise InstanceUnreachable(f"{self.url}: no answer within 10 s")
 
+    def site(self) -> Mapping[str, str]:
+        with self._server.lock:
+            return dict(self._enter("get site").files)
+
     def put_site(self, *, writer, generation, files) -> bool:
         with self._server.lock:
             s = self._enter("site", dict(files))

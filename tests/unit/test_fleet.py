@@ -375,6 +375,23 @@ def test_a_host_that_turns_bad_serves_on_as_it_was(nginx):
     assert nginx.reloads == 1
 
 
+def test_a_fresh_agent_keeps_what_a_refused_host_had_before(nginx):
+    first = desired({"a": ("10.0.0.1",), "b": ("10.0.0.2",)})
+    with running(nginx) as rig:
+        settle(rig, first)
+    good = nginx.files["b.conf"]
+    nginx.refuse_site = refuses("b.conf", lambda text: text != good)
+    hosts = tuple(
+        host if host.name == "a" else type(host)(host.name, ("alias.b",), host.locations)
+        for host in first.site.hosts
+    )
+    with running(nginx, writer="agent-b") as rig:
+        settle(rig, Desired(first.membership, type(first.site)(hosts), ()))
+        assert rig.fleet.rejections()
+    assert nginx.files["b.conf"] == good
+    assert nginx.reloads == 1
+
+
 def broken_template(files):
     """Every host is refused, whichever it is."""
     hosts = sorted(set(files) - {"00-ground.conf"})

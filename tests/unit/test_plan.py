@@ -31,6 +31,13 @@ def test_a_fresh_instance_would_get_everything_and_a_reload(nginx):
     assert change.lines == ("+ task-10.0.0.1 10.0.0.1:8080 up",)
     assert result.reload
     assert set(result.files) == {"00-ground.conf", "a.conf"}
+    assert dict(result.file_changes) == {"00-ground.conf": "added", "a.conf": "added"}
+
+
+def test_files_that_would_change_are_named(nginx):
+    nginx.files = {"00-ground.conf": "ground", "a.conf": "another text", "b.conf": "gone soon"}
+    result = planned(nginx, desired({"a": ("10.0.0.1",)}))
+    assert dict(result.file_changes) == {"a.conf": "changed", "b.conf": "removed"}
 
 
 def test_an_instance_in_step_would_get_nothing(nginx):
@@ -61,7 +68,7 @@ def test_each_kind_of_change_has_its_line(nginx):
 
 def test_only_questions_are_asked(nginx):
     planned(nginx, desired({"a": ("10.0.0.1",)}))
-    assert nginx.names() == ["status", "membership"]
+    assert nginx.names() == ["status", "membership", "get site"]
 
 
 def test_an_instance_that_is_away_is_told_and_the_others_are_planned(nginx):

@@ -315,6 +315,12 @@ local function push_membership(full)
 end
 
 
+local function get_site()
+    local generation, files = site.files()
+    return send(200, { generation = generation, files = files })
+end
+
+
 local function put_site()
     local body = read_object()
     if not body or not take_lease(body.writer) then
@@ -428,7 +434,7 @@ local PATHS = {
         PATCH = function() return push_membership(false) end,
         PUT = function() return push_membership(true) end,
     },
-    ["/v1/site"] = { PUT = put_site },
+    ["/v1/site"] = { GET = get_site, PUT = put_site },
     ["/v1/lease"] = { POST = post_lease, DELETE = delete_lease },
 }
 local UPSTREAM_PREFIX = "/v1/membership/"

@@ -13,6 +13,7 @@ local store = require "tidegate.store"
 
 local ctl = ngx.shared.tidegate_ctl
 
+local concat = table.concat
 local exiting = ngx.worker.exiting
 local execute = os.execute
 local find = string.find
@@ -34,6 +35,7 @@ local tonumber = tonumber
 local update_time = ngx.update_time
 
 local LOCK = "site"
+local LIST = "/.files"      -- in a generation's directory: the names of its files, a line each
 local TEST_LIMIT = 60       -- seconds for `nginx -t`
 local RELOAD_LIMIT = 10     -- seconds for new workers to appear, and twice what the test took
 local OLD_LIMIT = 2         -- seconds for the old workers to hear of it
@@ -70,6 +72,20 @@ end
 --- The generation that the newest workers run; "" before the first site.
 function _M.generation()
     return ctl:get("generation") or ""
+end
+
+
+--- The generation that runs and its files, name to text; none before the first site.
+function _M.files()
+    local running, files = _M.generation(), {}
+    if running ~= "" then
+        local directory = settings.state .. "/site/" .. running
+        for name in gmatch(posix.read(directory .. LIST) or "", "[^\n]+") do
+            files[name] = posix.read(directory .. "/" .. name)
+            store.breathe()
+        end
+    end
+    return running, files
 end
 
 
@@ -113,12 +129,16 @@ end
 local function stage(directory, files)
     remove_tree(directory)
     local ok, err = posix.mkdir(directory)
-    for _, name in ipairs(ok and sorted_names(files) or {}) do
+    local names = sorted_names(files)
+    for _, name in ipairs(ok and names or {}) do
         ok, err = posix.write(directory .. "/" .. name, files[name])
         if not ok then
             break
         end
         store.breathe()
+    end
+    if ok then
+        ok, err = posix.write(directory .. LIST, concat(names, "\n"))
     end
     return ok, err
 end
