@@ -28,6 +28,7 @@ DEFAULT_FILE = "00-default.conf"
 _DEFAULT_TEMPLATE = "default.conf.j2"
 _HOST_TEMPLATE = "host.conf.j2"
 _HTTP2_DIRECTIVE_SINCE = 1_025_001
+_KEEPALIVE_MIN_TIMEOUT_SINCE = 1_027_004
 _LONGEST_FILE_NAME = 255
 
 
@@ -55,6 +56,7 @@ def render(site: Site, settings: Settings, caps: Capabilities) -> dict[str, str]
         "extension": extension,
         "ipv6": extension.listen_ipv6,
         "http2_directive": caps.nginx_version >= _HTTP2_DIRECTIVE_SINCE,
+        "keepalive_min_timeout": caps.nginx_version >= _KEEPALIVE_MIN_TIMEOUT_SINCE,
     }
     default = extension.default_certificate
     try:

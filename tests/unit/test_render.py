@@ -24,7 +24,7 @@ from agent.render import Capabilities, file_name, generation, hosts_of_files, qu
 
 DEFAULTS = settings()
 OLD = Capabilities(nginx_version=1_022_001)
-NEW = Capabilities(nginx_version=1_027_001)
+NEW = Capabilities(nginx_version=1_031_001)
 CERTIFICATE = Tls("/certs/shop.pem", "/certs/shop.key")
 REPOSITORY = Path(__file__).parents[2]
 
