@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import ssl
-import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,31 +15,7 @@ from agent.config.settings import OpenResty
 from agent.driver.openresty import Instance, Token
 from agent.driver.targets import Target
 from agent.errors import InstanceUnreachable
-
-
-def openssl(*arguments: str) -> None:
-    subprocess.run(["openssl", *arguments], check=True, capture_output=True)
-
-
-def authority(directory: Path, name: str) -> None:
-    openssl(
-        "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={name}",
-        "-keyout", f"{directory}/{name}.key", "-out", f"{directory}/{name}.pem",
-    )  # fmt: skip
-
-
-def certificate(directory: Path, name: str, *, ca: str, names: str) -> None:
-    """One for `names` (a subjectAltName), signed by `ca`."""
-    (directory / "san").write_text(f"subjectAltName={names}\n")
-    openssl(
-        "req", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}",
-        "-keyout", f"{directory}/{name}.key", "-out", f"{directory}/{name}.csr",
-    )  # fmt: skip
-    openssl(
-        "x509", "-req", "-in", f"{directory}/{name}.csr", "-CA", f"{directory}/{ca}.pem",
-        "-CAkey", f"{directory}/{ca}.key", "-CAcreateserial", "-days", "2",
-        "-extfile", f"{directory}/san", "-out", f"{directory}/{name}.pem",
-    )  # fmt: skip
+from tests.certificates import authority, certificate
 
 
 @pytest.fixture(scope="module")
