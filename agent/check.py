@@ -6,7 +6,7 @@ anywhere, no lease is taken. Where one part fails the others still look.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from enum import StrEnum
@@ -33,7 +33,7 @@ from agent.errors import (
 )
 from agent.http import parse_listen
 from agent.metrics import version
-from agent.model import Site, Snapshot, SourceSnapshot
+from agent.model import Rejection, Site, Snapshot, SourceSnapshot
 
 
 class Level(StrEnum):
@@ -67,11 +67,19 @@ class EngineLike(Protocol):
         """Close the connection."""
 
 
-def check(loaded: Loaded, *, strict: bool = False) -> Iterator[Finding]:
+def check(
+    loaded: Loaded,
+    *,
+    strict: bool = False,
+    refusals: Sequence[Rejection] = (),
+    unknown: Sequence[str] = (),
+) -> Iterator[Finding]:
     """All findings, as they are made.
 
     Args:
         strict: a key that is not known is a failure.
+        refusals: what OpenResty refused, by the word of the running agent.
+        unknown: what is not known of that, a sentence each.
     """
     settings = loaded.settings
     yield from _settings(loaded, strict=strict)
@@ -81,6 +89,7 @@ def check(loaded: Loaded, *, strict: bool = False) -> Iterator[Finding]:
     snapshots: list[SourceSnapshot] = []
     yield from _sources(settings, snapshots)
     yield from _instances(settings, snapshots)
+    yield from _refusals(refusals, unknown)
 
 
 def _ok(subject: str, text: str) -> Finding:
@@ -262,6 +271,18 @@ def _instances(settings: Settings, snapshots: list[SourceSnapshot]) -> Iterator[
     for target in found:
         with closing(connect(target)) as client:
             yield from _instance(target, client)
+
+
+def _refusals(refusals: Sequence[Rejection], unknown: Sequence[str]) -> Iterator[Finding]:
+    for item in refusals:
+        yield Finding(Level.WARNING, item.subject, f"{item.message} ({item.reason})", item.hint)
+    for text in unknown:
+        yield Finding(
+            Level.WARNING,
+            "agent",
+            text,
+            "Ask the agent that runs and writes: start it, or say with --url where it listens.",
+        )
 
 
 def _instance(target: Target, client: AdminClient) -> Iterator[Finding]:

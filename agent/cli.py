@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from agent.controller import Controller
     from agent.http import Pages
     from agent.metrics import Metrics
-    from agent.model import Desired, Snapshot
+    from agent.model import Desired, Rejection, Snapshot
+    from agent.plan import InstancePlan, Running
 
 OK = 0
 NEGATIVE = 1
@@ -35,6 +36,11 @@ USAGE = 2
 """The command line or the settings cannot be used."""
 UNREACHABLE = 3
 """Something that had to be asked did not answer."""
+
+STATUS_TIMEOUT = 10.0
+"""Seconds within which the agent answers where nothing else can."""
+ASIDE_TIMEOUT = 2.0
+"""Seconds that a command which can do without the running agent waits for it."""
 
 STOP_LIMIT = 8.0
 """Seconds for a clean end: less than the ten after which Docker kills."""
@@ -74,6 +80,9 @@ _config_option = click.option(
     "themselves and win.",
 )
 _json_option = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
+_url_option = click.option(
+    "--url", help="The running agent's HTTP listener; by default where ListenAddr says."
+)
 
 
 @contextmanager
@@ -209,10 +218,11 @@ def _set_up_logging(level: str, *, debug: bool) -> None:
 @main.command()
 @_config_option
 @_json_option
+@_url_option
 @click.option(
     "--strict", is_flag=True, help="A key of the settings that is not known is a failure."
 )
-def check(*, config: str | None, as_json: bool, strict: bool) -> None:
+def check(*, config: str | None, as_json: bool, url: str | None, strict: bool) -> None:
     """Look at settings, engine and OpenResty; say what is wrong and what cures it."""
     with _told():
         from agent import check as checks
@@ -222,7 +232,10 @@ def check(*, config: str | None, as_json: bool, strict: bool) -> None:
         colours = {"ok": "green", "warning": "yellow", "failed": "red"}
         failed = False
         found = []
-        for finding in checks.check(loaded, strict=strict):
+        running = _running(loaded.settings, url)
+        for finding in checks.check(
+            loaded, strict=strict, refusals=running.refusals, unknown=running.notes
+        ):
             failed = failed or finding.level is checks.Level.FAILED
             if as_json:
                 found.append(
@@ -246,11 +259,11 @@ def check(*, config: str | None, as_json: bool, strict: bool) -> None:
 @main.command()
 @_config_option
 @_json_option
-@click.option("--url", help="The agent's HTTP listener; by default where ListenAddr says.")
+@_url_option
 def status(*, config: str | None, as_json: bool, url: str | None) -> None:
     """Ask the running agent how things stand."""
     with _told():
-        state = _ask(url or _default_url(config))
+        state = _ask_or_exit(url or _default_url(_settings(config)))
         if as_json:
             click.echo(json.dumps(state, indent=1, ensure_ascii=False))
         else:
@@ -258,33 +271,71 @@ def status(*, config: str | None, as_json: bool, url: str | None) -> None:
         sys.exit(OK if state.get("ready") else NEGATIVE)
 
 
-def _default_url(config: str | None) -> str:
+def _settings(config: str | None) -> Settings:
     from agent.config import stores
+
+    return stores.load(config).settings
+
+
+def _default_url(settings: Settings) -> str:
     from agent.http import parse_listen
 
-    host, port = parse_listen(stores.load(config).settings.listen_addr)
+    host, port = parse_listen(settings.listen_addr)
     host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host  # noqa: S104 - compared
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _ask(url: str) -> dict[str, Any]:
+class _NoAnswerError(Exception):
+    """No agent answers there; the text says why in a word."""
+
+
+def _state_page(url: str) -> str:
+    return f"{url.rstrip('/')}/api/state"
+
+
+def _ask(url: str, timeout: float) -> dict[str, Any]:
+    """The state of the running agent. Raises _NoAnswerError."""
     import requests
 
-    place = f"{url.rstrip('/')}/api/state"
     try:
-        session = requests.Session()
-        session.trust_env = False
-        answer = session.get(place, timeout=10)
-        answer.raise_for_status()
-        state: dict[str, Any] = answer.json()
+        with requests.Session() as session:
+            session.trust_env = False
+            answer = session.get(_state_page(url), timeout=timeout)
+            answer.raise_for_status()
+            state: dict[str, Any] = answer.json()
     except (requests.RequestException, ValueError) as error:
+        raise _NoAnswerError(error.__class__.__name__) from error
+    return state
+
+
+def _ask_or_exit(url: str) -> dict[str, Any]:
+    try:
+        return _ask(url, STATUS_TIMEOUT)
+    except _NoAnswerError as error:
         click.echo(
-            f"tidegate: no agent answers at {place}: {error.__class__.__name__}; "
+            f"tidegate: no agent answers at {_state_page(url)}: {error}; "
             "is it running (`tidegate run`), and is --url right?",
             err=True,
         )
         sys.exit(UNREACHABLE)
-    return state
+
+
+def _running(settings: Settings, url: str | None) -> Running:
+    """What the running agent knows and no other process can; or that it could not be asked."""
+    from agent.plan import Running
+
+    place = url or settings.listen_addr
+    try:
+        place = url or _default_url(settings)
+        return Running.model_validate(_ask(place, ASIDE_TIMEOUT))
+    except (_NoAnswerError, SettingsError) as error:
+        why = str(error)
+    except ValueError:
+        why = "what answers is no agent of this version"
+    return Running(
+        unasked=f"the running agent could not be asked at {place}: {why}, so what OpenResty "
+        "refused and what lingers is not known"
+    )
 
 
 def _show_state(state: dict[str, Any]) -> None:
@@ -373,7 +424,8 @@ def _few(items: Sequence[str]) -> str:
 @main.command()
 @_config_option
 @_json_option
-def plan(*, config: str | None, as_json: bool) -> None:
+@_url_option
+def plan(*, config: str | None, as_json: bool, url: str | None) -> None:
     """Show what would be pushed and rendered now, and whether it needs a reload. Only asks."""
     with _told():
         loaded = _load(config)
@@ -386,11 +438,14 @@ def plan(*, config: str | None, as_json: bool) -> None:
         settings = loaded.settings
         snapshot, desired = _compiled(settings)
         proxies = [p for source in snapshot.sources.values() for p in source.proxies]
+        running = _running(settings, url)
+        rejections = (*desired.rejections, *running.refusals)
         plans = make(
             desired,
             targets(proxies, settings.openresty),
             connect=connector(settings.openresty),
             renderer=SiteRenderer(settings),
+            running=running,
         )
         if as_json:
             click.echo(
@@ -405,8 +460,9 @@ def plan(*, config: str | None, as_json: bool) -> None:
                                 "message": r.message,
                                 "hint": r.hint,
                             }
-                            for r in desired.rejections
+                            for r in rejections
                         ],
+                        "notes": list(running.notes),
                         "instances": [item.as_dict() for item in plans],
                     },
                     indent=1,
@@ -414,14 +470,22 @@ def plan(*, config: str | None, as_json: bool) -> None:
                 )
             )
         else:
-            _show_plan(desired, plans)
+            _show_plan(desired, rejections, plans)
+            _show_notes(running)
         sys.exit(UNREACHABLE if any(item.error for item in plans) else OK)
 
 
-def _show_plan(desired: Desired, plans: Sequence[Any]) -> None:
+def _show_notes(running: Running) -> None:
+    for note in running.notes:
+        click.echo(f"note: {note}")
+
+
+def _show_plan(
+    desired: Desired, rejections: Sequence[Rejection], plans: Sequence[InstancePlan]
+) -> None:
     click.echo(
         f"{len(desired.site.hosts)} hosts, {len(desired.membership.upstreams)} upstreams, "
-        f"{len(desired.rejections)} rejections"
+        f"{len(rejections)} rejections"
     )
     if not plans:
         click.echo("no OpenResty instance is known: nothing would be pushed")
@@ -430,6 +494,10 @@ def _show_plan(desired: Desired, plans: Sequence[Any]) -> None:
         if item.error:
             click.echo(f"  cannot be asked: {item.error}")
             continue
+        for name in item.lingering:
+            click.echo(f"  {name} lingers: nobody asks for it, it goes after HostLinger")
+        for name in item.quarantined:
+            click.echo(f"  {name} is in quarantine: what runs of it, if anything, stays as it is")
         if not item.changes:
             click.echo(
                 f"  nothing to do: revision {item.revision}, generation {item.generation[:12]}"
@@ -446,11 +514,11 @@ def _show_plan(desired: Desired, plans: Sequence[Any]) -> None:
                 f"  site: {len(item.files)} files, generation {item.generation[:12] or 'none'} -> "
                 f"{item.new_generation[:12]}: a reload is needed"
             )
-            for file, change in item.file_changes:
-                click.echo(f"    {file} {change}")
+            for file, what in item.file_changes:
+                click.echo(f"    {file} {what}")
         else:
             click.echo("  site: unchanged, no reload")
-    for rejection in desired.rejections:
+    for rejection in rejections:
         click.echo(f"\nrejected: {rejection.subject}: {rejection.message} ({rejection.reason})")
         click.echo(f"  {rejection.hint}")
 
@@ -470,7 +538,8 @@ def _compiled(settings: Settings) -> tuple[Snapshot, Desired]:
 @click.argument("name")
 @_config_option
 @_json_option
-def explain(*, name: str, config: str | None, as_json: bool) -> None:
+@_url_option
+def explain(*, name: str, config: str | None, as_json: bool, url: str | None) -> None:
     """Tell each step from label to peer for NAME (a host, service, container or task)."""
     with _told():
         loaded = _load(config)
@@ -479,9 +548,11 @@ def explain(*, name: str, config: str | None, as_json: bool) -> None:
         from agent.explain import explain as make
 
         snapshot, desired = _compiled(loaded.settings)
-        answer = make(snapshot, loaded.settings, desired, name)
+        running = _running(loaded.settings, url)
+        answer = make(snapshot, loaded.settings, desired, name, refusals=running.refusals)
         if as_json:
-            click.echo(json.dumps(answer.as_dict(), indent=1, ensure_ascii=False))
+            told = {**answer.as_dict(), "notes": list(running.notes)}
+            click.echo(json.dumps(told, indent=1, ensure_ascii=False))
             sys.exit(OK if answer.routed else NEGATIVE)
         marks = {
             Outcome.OK: ("+", "green"),
@@ -490,6 +561,8 @@ def explain(*, name: str, config: str | None, as_json: bool) -> None:
         }
         for account in answer.accounts:
             verdict = "routed" if account.routed else "not routed"
+            if account.refused:
+                verdict = "not routed as it asks for: refused by OpenResty"
             click.echo(f"{account.kind} {account.name}: {verdict}")
             for step in account.steps:
                 mark, colour = marks[step.outcome]
@@ -500,6 +573,7 @@ def explain(*, name: str, config: str | None, as_json: bool) -> None:
             click.echo(f"nothing is called {answer.query}")
         if answer.suggestions:
             click.echo("did you mean: " + ", ".join(answer.suggestions))
+        _show_notes(running)
         sys.exit(OK if answer.routed else NEGATIVE)
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -85,8 +86,11 @@ class Reach:
 
     Attributes:
         network: name of the network whose addresses count; empty unless `way` is NETWORK.
+        others: further networks shared with OpenResty, for instances that are not on `network`
+            (yet, or any more): an update moves them one after the other.
         port: container port; None only where each instance brings its own.
         network_from, port_from: where the two were found, for people.
+        doubt: why `network` was not a free choice, though it holds for now; None otherwise.
     """
 
     way: Way
@@ -94,6 +98,8 @@ class Reach:
     port: int | None = None
     network_from: str = ""
     port_from: str = ""
+    others: tuple[str, ...] = ()
+    doubt: Rejection | None = None
 
 
 class ClaimId(NamedTuple):
@@ -166,7 +172,9 @@ def examine(
     routes: list[Route] = []
     rejections = list(reading.rejections)
     for index, declaration in enumerate(reading.routes):
-        verdict = _route(workload, index, declaration, proxy_networks, settings)
+        verdict = _route(
+            workload, index, declaration, proxy_networks, settings, _reach_of(before, index)
+        )
         if isinstance(verdict, Rejection):
             rejections.append(verdict)
             continue
@@ -174,6 +182,13 @@ def examine(
         routes.append(_reuse(route, before))
         rejections.extend(missing)
     return Examined(workload, reading, tuple(routes), tuple(rejections))
+
+
+def _reach_of(before: Examined | None, index: int) -> Reach | None:
+    for route in before.routes if before is not None else ():
+        if route.claim.id.route == index:
+            return route.reach
+    return None
 
 
 def _reading(workload: Workload, before: Examined | None) -> Reading:
@@ -204,11 +219,12 @@ def _route(
     declaration: RouteDeclaration,
     proxy_networks: tuple[str, ...] | None,
     settings: Settings,
+    before: Reach | None,
 ) -> tuple[Route, tuple[Rejection, ...]] | Rejection:
     tls = _tls(workload, declaration, settings.extension)
     if isinstance(tls, Rejection):
         return tls
-    reach = find_reach(workload, declaration, proxy_networks)
+    reach = find_reach(workload, declaration, proxy_networks, before)
     if isinstance(reach, Rejection):
         return reach
     claim = Claim(
@@ -220,7 +236,8 @@ def _route(
     )
     peers, missing = _peers(workload, declaration, reach, settings)
     hold = min(settings.hold_timeout, MAX_HOLD) if workload.wanted else 0.0
-    return Route(claim, reach, peers, hold), missing
+    doubt = () if reach.doubt is None else (reach.doubt,)
+    return Route(claim, reach, peers, hold), missing + doubt
 
 
 def _reject(workload: Workload, reason: Reason, message: str, hint: str) -> Rejection:
@@ -274,9 +291,18 @@ def _tls(
 
 
 def find_reach(
-    workload: Workload, declaration: RouteDeclaration, proxy_networks: tuple[str, ...] | None
+    workload: Workload,
+    declaration: RouteDeclaration,
+    proxy_networks: tuple[str, ...] | None,
+    before: Reach | None = None,
 ) -> Reach | Rejection:
-    """Decide over which network and port the instances of a workload are reached."""
+    """Decide over which network and port the instances of a workload are reached.
+
+    Args:
+        before: what was decided last time. Where it has become one of several possible networks it
+            stays, with a rejection that says so: another network must not take a service down
+            that is served.
+    """
     if workload.kind is WorkloadKind.STATIC:
         return Reach(
             Way.AS_GIVEN,
@@ -285,6 +311,7 @@ def find_reach(
             port_from="each instance's own, else interlock.port",
         )
     network: tuple[str, str] | Rejection | None
+    doubt: Rejection | None = None
     if declaration.network:
         network = _named_network(workload, declaration.network, proxy_networks)
     elif workload.host_ports_only:
@@ -293,6 +320,15 @@ def find_reach(
         network = _container_network(workload, proxy_networks)
     else:
         network = _shared_network(workload, proxy_networks)
+    if (
+        isinstance(network, Rejection)
+        and network.reason == Reason.NETWORK_AMBIGUOUS
+        and before is not None
+        and before.network in workload.networks
+        and (proxy_networks is None or before.network in proxy_networks)
+    ):
+        doubt = _doubtful(network, before.network)
+        network = before.network, before.network_from
     if isinstance(network, Rejection):
         return network
     if network is None:
@@ -311,7 +347,8 @@ def find_reach(
                 "Add the label interlock.port with the port that the application listens on.",
             )
         port, port_from = lowest, "the lowest port declared"
-    return Reach(Way.NETWORK, name, port, network_from, port_from)
+    others = tuple(sorted(set(proxy_networks or ()) - {name, "bridge", "host"}))
+    return Reach(Way.NETWORK, name, port, network_from, port_from, others, doubt)
 
 
 def _lowest(ports: Iterable[int]) -> int | None:
@@ -417,6 +454,14 @@ def _ambiguous(
     )
 
 
+def _doubtful(ambiguous: Rejection, network: str) -> Rejection:
+    return replace(
+        ambiguous,
+        message=f"{ambiguous.message} It is still reached over {network}, as it was before, until "
+        "the agent starts anew.",
+    )
+
+
 def _container_network(
     workload: Workload, proxy_networks: tuple[str, ...] | None
 ) -> tuple[str, str] | Rejection | None:
@@ -451,7 +496,8 @@ def _node_port(workload: Workload, declaration: RouteDeclaration) -> Reach | Rej
             )
         target, port_from = lowest, "the lowest port published"
     own_node = any(item.host_network for item in workload.instances)
-    if target not in published and running and not own_node:
+    up = any(item.state is InstanceState.UP for item in running)
+    if target not in published and up and not own_node:
         return _reject(
             workload,
             Reason.NOT_PUBLISHED,
@@ -532,9 +578,10 @@ def _peer_id(text: str) -> str:
 def place_of(instance: Instance, reach: Reach, settings: Settings) -> tuple[str, int] | str:
     """Address and port of an instance, or what is missing (a clause for people)."""
     if reach.way is Way.NETWORK:
-        for attachment in instance.attachments:
-            if attachment.network == reach.network:
-                return _checked(attachment.address, reach.port)
+        for network in (reach.network, *reach.others):
+            for attachment in instance.attachments:
+                if attachment.network == network:
+                    return _checked(attachment.address, reach.port)
         return f"it has no address on network {reach.network}"
     if reach.way is Way.NODE_PORT:
         return _published_place(instance, reach, settings)
@@ -917,12 +964,22 @@ class Compiler:
             if slot.root in roots:
                 self._lingering.pop(key, None)
                 continue
-            deadline = self._lingering.setdefault(key, now + self._settings.host_linger)
+            deadline = self._lingering.setdefault(key, self._deadline(now))
             if deadline <= now or dropped:
                 del self._lingering[key]
                 continue
             slots.append(replace(slot, winners=()))
         return slots
+
+    def _deadline(self, now: float) -> float:
+        """When what loses its last claim now is to go: after one to two times HostLinger.
+
+        All that is lost within one such time goes together, so that many short-lived hosts cost
+        one reload in all and not one each.
+        """
+        assert self._settings is not None
+        linger = self._settings.host_linger
+        return math.ceil((now + linger) / linger) * linger if linger else now
 
     def _candidate(self, name: str, table: Table, before: _Name | None) -> str | None:
         """The host that `name` is an alias of, if whoever serves it has it as an alias only."""

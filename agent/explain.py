@@ -1,15 +1,16 @@
 """Why something is routed, or is not: each step from a label to a peer.
 
 The answers come from the same functions that decide (`agent.labels`, `agent.compile`), so that an
-explanation cannot differ from what is done. Pure: a snapshot, the settings and the `Desired` made
-from them go in, text comes out. How it is shown is the business of the command line and the API.
+explanation cannot differ from what is done. Pure: a snapshot, the settings, the `Desired` made
+from them and what OpenResty is known to have refused of it go in, text comes out. How it is shown
+is the business of the command line and the API.
 """
 
 from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -62,13 +63,16 @@ class Account:
 
     Attributes:
         kind: "host", "service", "container", "static service" or "instance".
-        routed: whether requests reach a peer by it now.
+        routed: whether requests reach a peer by it now, as it asks for it.
+        refused: not routed as it asks for because OpenResty refused that; what OpenResty accepted
+            of it before, if anything, serves on.
     """
 
     kind: str
     name: str
     routed: bool
     steps: tuple[Step, ...]
+    refused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,14 +120,22 @@ class Explanation:
         }
 
 
-def explain(snapshot: Snapshot, settings: Settings, desired: Desired, name: str) -> Explanation:
+def explain(
+    snapshot: Snapshot,
+    settings: Settings,
+    desired: Desired,
+    name: str,
+    *,
+    refusals: Sequence[Rejection] = (),
+) -> Explanation:
     """Explain a host, or a workload or instance by its name, its id or the beginning of either.
 
     Args:
         desired: what was compiled from this very snapshot and these settings.
         name: as people type it; of a URL its host.
+        refusals: what OpenResty refused of it, of subject "host …" or "upstream …".
     """
-    teller = _Teller(snapshot, settings, desired)
+    teller = _Teller(snapshot, settings, desired, refusals)
     query = name.strip()
     host = _host_part(query)
     for matches in (teller.exact(query, host), teller.beginning(query)):
@@ -165,10 +177,17 @@ class _Match:
 class _Teller:
     """Tells of the parts of one snapshot."""
 
-    def __init__(self, snapshot: Snapshot, settings: Settings, desired: Desired) -> None:
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        settings: Settings,
+        desired: Desired,
+        refusals: Sequence[Rejection],
+    ) -> None:
         self._snapshot = snapshot
         self._settings = settings
         self._desired = desired
+        self._refusals = {item.subject: item for item in refusals}
         self._by_name = {
             name: host for host in desired.site.hosts for name in (host.name, *host.aliases)
         }
@@ -252,7 +271,7 @@ class _Teller:
         """From the name of a host to the peers that serve it."""
         steps: list[Step] = []
         host = self._serving(name)
-        routed = False
+        routed = refused = False
         if host is None:
             steps.append(
                 Step(
@@ -263,31 +282,40 @@ class _Teller:
             )
         else:
             steps.append(_place_in_site(name, host))
+            quarantine = self._refused_parts(host)
+            steps += quarantine
+            refused = bool(quarantine)
             for location in host.locations:
                 upstream = self._desired.membership.upstreams.get(location.upstream)
                 more, serves = _tell_location(host, location, upstream)
-                steps += more
-                routed = routed or serves
+                lost = self._refused_parts(location)
+                steps += more + lost
+                refused = refused or bool(lost)
+                routed = routed or (serves and not lost)
+            routed = routed and not quarantine
         for workload in self._claiming(name):
             steps.append(Step(Outcome.NOTE, f"{subject_of(workload)} asks for {name}."))
             steps += [_refusal(rejection) for rejection in self._refused(workload)]
         for rejection in self._desired.rejections:
             if rejection.subject == f"host {name}":
                 steps.append(_refusal(rejection))
-        return Account("host", name, routed, tuple(steps))
+        return Account("host", name, routed, tuple(steps), refused=refused and not routed)
 
     def tell_workload(self, workload: Workload) -> Account:
         """From the labels of a workload to its peers."""
         examined = self._examined(workload)
         steps = [self._origin(workload), *self._label_steps(examined)]
-        routed = False
+        routed = refused = False
         for route in examined.routes:
-            more, serves = self._tell_route(workload, route)
+            more, serves, lost = self._tell_route(workload, route)
             steps += more
             routed = routed or serves
+            refused = refused or lost
         if examined.routes:
             steps += [self._instance_step(workload, item, examined) for item in _sorted(workload)]
-        return Account(_kind(workload), workload.name, routed, tuple(steps))
+        return Account(
+            _kind(workload), workload.name, routed, tuple(steps), refused=refused and not routed
+        )
 
     def tell_instance(self, workload: Workload, instance: Instance) -> Account:
         """The way of one task or container: that of its workload, then its own."""
@@ -307,6 +335,7 @@ class _Teller:
             name=instance.name or instance.id,
             routed=whole.routed and own.outcome is Outcome.OK,
             steps=(*steps, own),
+            refused=whole.refused,
         )
 
     def _origin(self, workload: Workload) -> Step:
@@ -363,7 +392,18 @@ class _Teller:
             if rejection.subject == subject and rejection.source == workload.key.source
         ]
 
-    def _tell_route(self, workload: Workload, route: Route) -> tuple[list[Step], bool]:
+    def _refused_parts(self, *parts: Host | Location) -> list[Step]:
+        """What OpenResty refused of these hosts and locations, each refusal once."""
+        subjects = (
+            f"host {part.name}" if isinstance(part, Host) else f"upstream {part.upstream}"
+            for part in parts
+        )
+        return [
+            _refusal(self._refusals[subject]) for subject in subjects if subject in self._refusals
+        ]
+
+    def _tell_route(self, workload: Workload, route: Route) -> tuple[list[Step], bool, bool]:
+        """The steps, whether it is served, and whether OpenResty refused some of it."""
         reach = route.reach
         where = (
             f"network {reach.network} ({reach.network_from})"
@@ -377,7 +417,7 @@ class _Teller:
         known = self._examined(workload).rejections
         lost = [_refusal(item) for item in self._refused(workload) if item not in known]
         steps += lost
-        serves = False
+        serves = refused = False
         for name in route.claim.names:
             host = self._by_name.get(name)
             found = _location(host, route.claim.declaration.context_root)
@@ -399,8 +439,11 @@ class _Teller:
                         "" if up else "See below what its instances are waiting for.",
                     )
                 )
-            serves = serves or up > 0
-        return steps, serves
+            parts = self._refused_parts(host, found)
+            steps += [step for step in parts if step not in steps]
+            refused = refused or bool(parts)
+            serves = serves or (up > 0 and not parts)
+        return steps, serves, refused
 
     def _instance_step(self, workload: Workload, instance: Instance, examined: Examined) -> Step:
         node = f" on {instance.node}" if instance.node else ""

@@ -1,18 +1,125 @@
 """What would be pushed and rendered now, instance by instance, and whether it takes a reload.
 
 Why apart from the fleet: a plan asks (`GET` only) and does nothing, so it needs no threads, no
-lease and no retries. What would be pushed is found by the fleet's own `diff`.
+lease and no retries. What would be pushed is found by the fleet's own `diff`. What only the running
+agent remembers (which hosts linger, what OpenResty refused) comes in as `Running`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from pydantic import BaseModel, ConfigDict
 
 from agent.driver.parts import Connect, Rendered, Renderer, diff
 from agent.driver.targets import Target
 from agent.errors import DriverError
-from agent.model import Desired, Peer, Upstream
+from agent.model import (
+    Desired,
+    Host,
+    Location,
+    Membership,
+    Peer,
+    Policy,
+    Rejection,
+    Site,
+    Upstream,
+)
+
+REFUSALS = frozenset({"host_quarantined", "upstream_refused"})
+"""Reasons of what OpenResty refused: no compilation, only the agent that pushed knows of these."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class _Route(_Part):
+    host: str
+    aliases: tuple[str, ...] = ()
+    path: str
+    upstream: str
+    tls_only: bool = False
+    rewrite: bool = False
+
+
+class _Upstream(_Part):
+    name: str
+    policy: str = "round_robin"
+    hold_seconds: float = 0.0
+    peers: tuple[object, ...] = ()
+
+
+class _Instance(_Part):
+    id: str = ""
+    name: str = ""
+    state: str = ""
+    quarantined: tuple[str, ...] = ()
+
+
+class Running(_Part):
+    """What matters here of a running agent's `/api/state`.
+
+    Attributes:
+        unasked: why it could not be asked, a sentence; everything else is empty then.
+        rejections: all of its rejections.
+
+    Raises:
+        pydantic.ValidationError: (a `ValueError`) what is validated is no state of an agent.
+    """
+
+    unasked: str = ""
+    rejections: tuple[Rejection, ...] = ()
+    routes: tuple[_Route, ...] = ()
+    upstreams: tuple[_Upstream, ...] = ()
+    instances: tuple[_Instance, ...] = ()
+
+    @property
+    def refusals(self) -> tuple[Rejection, ...]:
+        """What OpenResty refused."""
+        return tuple(item for item in self.rejections if item.reason in REFUSALS)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is not known, a sentence each."""
+        if self.unasked:
+            return (self.unasked,)
+        return tuple(
+            f"the agent that was asked stands by for OpenResty {item.name}: what that refused is "
+            "known only to the agent that writes"
+            for item in self.instances
+            if item.state == "standby"
+        )
+
+    def quarantined(self, target: Target) -> frozenset[str]:
+        """Hosts that this instance refused."""
+        return frozenset(
+            host for item in self.instances if item.id == target.id for host in item.quarantined
+        )
+
+    def lingering(self, desired: Desired) -> tuple[Upstream, ...]:
+        """Upstreams that nobody asks for any more and that the agent keeps, empty, for a while."""
+        return tuple(
+            Upstream(item.name, (), Policy(item.policy), item.hold_seconds)
+            for item in self.upstreams
+            if not item.peers and item.name not in desired.membership.upstreams
+        )
+
+    def lingering_hosts(self, lingering: Iterable[Upstream]) -> tuple[Host, ...]:
+        """The hosts of these upstreams, with no other locations than theirs, and without TLS."""
+        names = {item.name for item in lingering}
+        hosts: dict[str, Host] = {}
+        for route in self.routes:
+            if route.upstream in names:
+                host = hosts.get(route.host, Host(route.host, route.aliases, ()))
+                location = Location(route.path, route.upstream, route.rewrite, route.tls_only)
+                hosts[route.host] = replace(host, locations=(*host.locations, location))
+        return tuple(hosts.values())
+
+
+NOTHING = Running()
+"""An agent that has nothing to say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +146,8 @@ class InstancePlan:
         new_generation: what it would run.
         files: names of the rendered files.
         file_changes: those that would be added, removed or changed, with which of the three.
+        lingering: upstreams that nobody asks for; they stay, empty, until HostLinger is over.
+        quarantined: hosts that its nginx refused; what it runs of them stays as it is.
     """
 
     name: str
@@ -51,6 +160,8 @@ class InstancePlan:
     new_generation: str = ""
     files: tuple[str, ...] = ()
     file_changes: tuple[tuple[str, str], ...] = ()
+    lingering: tuple[str, ...] = ()
+    quarantined: tuple[str, ...] = ()
 
     @property
     def reload(self) -> bool:
@@ -79,35 +190,54 @@ class InstancePlan:
             "reload": self.reload and not self.error,
             "files": list(self.files),
             "file_changes": dict(self.file_changes),
+            "lingering": list(self.lingering),
+            "quarantined": list(self.quarantined),
         }
 
 
 def plan(
-    desired: Desired, targets: Iterable[Target], *, connect: Connect, renderer: Renderer
+    desired: Desired,
+    targets: Iterable[Target],
+    *,
+    connect: Connect,
+    renderer: Renderer,
+    running: Running = NOTHING,
 ) -> tuple[InstancePlan, ...]:
     """Ask every instance what it has, and compare.
+
+    Args:
+        desired: compiled anew, so that nothing lingers in it.
+        running: what the running agent knows beyond that.
 
     Raises:
         RenderError: the site cannot be rendered.
     """
-    rendered: dict[int, tuple[Rendered, str]] = {}
+    lingering = running.lingering(desired)
+    wanted = Membership({**desired.membership.upstreams, **{item.name: item for item in lingering}})
+    site, gone = _with_lingering(desired.site, running.lingering_hosts(lingering))
+    rendered: dict[int, tuple[Rendered, Rendered]] = {}
     result = []
     for target in targets:
         client = connect(target)
         try:
             status = client.status()
             _, held = client.membership()
-            running = client.site()
+            runs = client.site()
         except DriverError as error:
             result.append(InstancePlan(name=target.name, url=client.url, error=str(error)))
             continue
         finally:
             client.close()
         if status.nginx_version not in rendered:
-            site = renderer.render(desired.site, status.nginx_version)
-            rendered[status.nginx_version] = site, renderer.generation(site.files)
-        site, generation = rendered[status.nginx_version]
-        upsert, remove = diff(held, desired.membership)
+            rendered[status.nginx_version] = (
+                renderer.render(site, status.nginx_version),
+                renderer.render(gone, status.nginx_version),
+            )
+        fresh, past = rendered[status.nginx_version]
+        quarantined = running.quarantined(target)
+        kept = {*past.hosts, *(file for file, host in fresh.hosts.items() if host in quarantined)}
+        files = _keep(kept, fresh.files, runs)
+        upsert, remove = diff(held, wanted)
         changes = [_change(held.upstreams.get(name), item) for name, item in upsert.items()]
         changes += [
             UpstreamChange(
@@ -123,12 +253,51 @@ def plan(
                 revision=status.revision,
                 upstreams=tuple(sorted(changes, key=lambda item: item.name)),
                 generation=status.generation,
-                new_generation=generation,
-                files=tuple(site.files),
-                file_changes=_file_changes(running, site.files),
+                new_generation=renderer.generation(files),
+                files=tuple(files),
+                file_changes=_file_changes(runs, files),
+                lingering=tuple(sorted(item.name for item in lingering)),
+                quarantined=tuple(sorted(quarantined)),
             )
         )
     return tuple(result)
+
+
+def _with_lingering(site: Site, lingering: Iterable[Host]) -> tuple[Site, Site]:
+    """The site with the lingering locations of hosts that are in it, and the hosts that are not.
+
+    The latter cannot be rendered as they are, for nobody tells their certificate any more.
+    """
+    hosts = {host.name: host for host in site.hosts}
+    gone = []
+    for past in lingering:
+        host = hosts.get(past.name)
+        if host is None:
+            plain = tuple(replace(location, tls_only=False) for location in past.locations)
+            gone.append(replace(past, locations=plain))
+            continue
+        paths = {location.path for location in host.locations}
+        more = [
+            # As the compiler does: what nobody asks for is not redirected to a TLS that is not.
+            replace(location, tls_only=location.tls_only and host.tls is not None)
+            for location in past.locations
+            if location.path not in paths
+        ]
+        locations = sorted((*host.locations, *more), key=lambda location: location.path)
+        hosts[past.name] = replace(host, locations=tuple(locations))
+    return Site(tuple(hosts.values())), Site(tuple(gone))
+
+
+def _keep(
+    names: Iterable[str], fresh: Mapping[str, str], runs: Mapping[str, str]
+) -> Mapping[str, str]:
+    """The fresh files, but those of these names as they run now, or not at all."""
+    files = dict(fresh)
+    for name in names:
+        files.pop(name, None)
+        if name in runs:
+            files[name] = runs[name]
+    return files
 
 
 def _file_changes(

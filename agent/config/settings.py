@@ -91,7 +91,7 @@ class Extension(_Table):
     redirect_code: Literal[301, 302, 303, 307, 308] = Field(
         308, description="status of the redirect of `ssl_only` hosts; 308 keeps the method"
     )
-    proxy_connect_timeout: Annotated[int, Field(ge=1)] = Field(5, description="seconds")
+    proxy_connect_timeout: Annotated[int, Field(ge=1)] = Field(2, description="seconds")
     proxy_send_timeout: Annotated[int, Field(ge=1)] = Field(600, description="seconds")
     proxy_read_timeout: Annotated[int, Field(ge=1)] = Field(600, description="seconds")
     send_timeout: Annotated[int, Field(ge=1)] = Field(600, description="seconds")
@@ -149,7 +149,7 @@ class OpenResty(_Table):
     tls_key: str = Field("", description="key of TLSCert")
     timeout: Seconds = Field(10.0, description="longest wait for an answer of the admin API")
     heartbeat: Seconds = Field(
-        3.0, description="how often each instance is asked for its revision and generation"
+        1.5, description="how often each instance is asked for its revision and generation"
     )
 
 
@@ -191,7 +191,9 @@ class Settings(_Table):
         description="how long a request may wait for a peer while a replacement is on its way",
     )
     host_linger: Seconds = Field(
-        600.0, description="how long a host that nobody claims any more stays in the site"
+        600.0,
+        description="how long a host that nobody claims any more stays in the site, at least; what "
+        "is lost within one such time goes together, with one reload",
     )
     site_quiet: Seconds = Field(
         0.5, description="a changed site is pushed when it has not changed again for so long"

@@ -265,6 +265,10 @@ class Cluster:
     def _put(self, kind: Kind, record: Record) -> None:
         match record:
             case Task():
+                old_task = self._tasks.get(record.id)
+                # The engine withdraws a stopping task's ports before the task has stopped.
+                if old_task is not None and not record.published and not record.ended:
+                    record = replace(record, published=old_task.published)
                 self._tasks[record.id] = record
                 self._of_service.setdefault(record.service, {})[record.id] = record
                 self._instances.pop(record.id, None)
@@ -461,9 +465,19 @@ class Cluster:
             # One that is told to stop serves until it is: keep it in step to the end.
             if instance.state in (InstanceState.UP, InstanceState.DRAINING)
         )
-        self._proxy_networks[identity] = tuple(
+        declared = tuple(
             n.name for n in self._service_networks(service).values() if n is not None and n.shared
         )
+        # While an update puts the service on a network, its tasks are not on it yet.
+        joined = tuple(
+            name
+            for name in declared
+            if all(
+                name in {attachment.network for attachment in proxy.attachments}
+                for proxy in self._proxies[identity]
+            )
+        )
+        self._proxy_networks[identity] = joined or declared
         return old != (self._proxies[identity], self._proxy_networks[identity])
 
     def _is_proxy(self, service: Service) -> bool:

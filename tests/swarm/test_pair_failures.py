@@ -62,6 +62,43 @@ def test_kill_9_of_a_task_fails_no_request(pair: Pair, app: str) -> None:
     assert_nothing_failed(results)
 
 
+def test_update_of_a_host_mode_service_fails_no_request(pair: Pair, app: str) -> None:
+    """Such a task gets no two seconds between its withdrawal and its SIGTERM."""
+    pair.lab.docker(
+        pair.lab.manager,
+        *("service", "create", "--detach", "--no-resolve-image", "--name", app),
+        *("--publish", "mode=host,target=8080,published=18080", "--env", "VERSION=1"),
+        *("--label", f"interlock.hostname={app}", "--label", "interlock.domain=test"),
+        *("--update-monitor=100ms", "tidegate-test/app"),
+    )
+    pair.wait_peers(app, 1)
+    with undisturbed(pair), pair.load(app) as results:
+        pair.lab.docker(
+            pair.lab.manager,
+            *("service", "update", "--detach", "--no-resolve-image", "--env-add=VERSION=2", app),
+        )
+        pair.lab.wait_for(
+            lambda: pair.update_done(app, "2", 1), 60, "the update is done", interval=0.3
+        )
+        pair.wait_peers(app, 1)
+    assert_nothing_failed(results)
+
+
+def test_joining_another_network_takes_nothing_down(pair: Pair, app: str) -> None:
+    pair.create_app(app, replicas=2)
+    pair.lab.create_overlay("extra")
+    with undisturbed(pair), pair.load(app) as results:
+        pair.lab.docker(
+            pair.lab.manager,
+            *("service", "update", "--detach", "--no-resolve-image", "--network-add=extra", app),
+        )
+        pair.lab.wait_for(
+            lambda: pair.update_done(app, "1", 2), 60, "the update is done", interval=0.3
+        )
+        pair.wait_peers(app, 2)
+    assert_nothing_failed(results)
+
+
 def test_traffic_goes_on_without_the_agent_and_it_converges_when_it_is_back(
     pair: Pair, app: str
 ) -> None:

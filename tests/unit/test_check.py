@@ -13,6 +13,7 @@ from agent.config.settings import Settings
 from agent.driver.openresty import Status
 from agent.driver.targets import Target
 from agent.errors import InstanceUnauthorized, InstanceUnreachable, WatchUnavailable
+from agent.model import Rejection
 
 
 class FakeEngine:
@@ -136,3 +137,17 @@ def test_a_dict_that_is_nearly_full_is_a_warning():
     finding = instance(Status("run-1", 7, "ab", dict_capacity=1000, dict_free=50))[1]
     assert finding.level is Level.WARNING
     assert "TIDEGATE_DICT_SIZE" in finding.cure
+
+
+def test_what_openresty_refused_is_a_warning_with_its_message_and_cure():
+    refusal = Rejection("host b.test", "host_quarantined", "nginx refused: no b.pem", "Mend it.")
+    (finding,) = checks._refusals([refusal], [])
+    assert (finding.level, finding.subject) == (Level.WARNING, "host b.test")
+    assert finding.text == "nginx refused: no b.pem (host_quarantined)"
+    assert finding.cure == "Mend it."
+
+
+def test_not_knowing_what_openresty_refused_is_a_warning():
+    (finding,) = checks._refusals([], ["the agent could not be asked"])
+    assert (finding.level, finding.text) == (Level.WARNING, "the agent could not be asked")
+    assert "--url" in finding.cure

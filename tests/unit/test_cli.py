@@ -312,6 +312,73 @@ def test_explain_as_json_can_be_parsed(config):
     assert found["routed"] is True
 
 
+QUARANTINED = {
+    "subject": "host web.test",
+    "reason": "host_quarantined",
+    "message": "nginx of nginx.1 refused its configuration: cannot load web.pem",
+    "hint": "Its last accepted configuration serves on, if it had one.",
+    "source": "",
+}
+
+
+def test_explain_of_a_host_in_quarantine_is_exit_code_1_with_the_message_of_nginx(config, agent):
+    url, state = agent
+    state["rejections"] = [QUARANTINED]
+    result = tidegate("explain", "web.test", "-c", config, "--url", url)
+    assert result.exit_code == NEGATIVE
+    assert "web.test: not routed as it asks for: refused by OpenResty" in result.stdout
+    assert "cannot load web.pem" in result.stdout
+    assert "serves on, if it had one" in result.stdout
+    assert "note:" not in result.stdout
+
+
+def test_check_and_plan_tell_what_is_in_quarantine(config, agent):
+    url, state = agent
+    state["rejections"] = [QUARANTINED, *STATE["rejections"]]
+    checked = tidegate("check", "-c", config, "--url", url)
+    assert checked.exit_code == OK
+    assert "warning  host web.test: nginx of nginx.1 refused" in checked.stdout
+    planned = tidegate("plan", "-c", config, "--url", url)
+    assert planned.exit_code == OK
+    assert "1 rejections" in planned.stdout
+    assert "rejected: host web.test: nginx of nginx.1 refused" in planned.stdout
+    found = json.loads(tidegate("plan", "-c", config, "--url", url, "--json").stdout)
+    assert [item["subject"] for item in found["rejections"]] == ["host web.test"]
+    assert found["notes"] == []
+
+
+@pytest.mark.parametrize("command", [["plan"], ["explain", "web.test"], ["check"]])
+def test_an_agent_that_cannot_be_asked_is_told_and_they_go_on(config, free_port, command):
+    url = f"http://127.0.0.1:{free_port()}"
+    result = tidegate(*command, "-c", config, "--url", url)
+    assert result.exit_code == OK
+    note = f"the running agent could not be asked at {url}: ConnectionError, so what OpenResty"
+    assert result.stdout.count(note) == 1
+
+
+def test_they_ask_where_the_settings_say(config, agent):
+    url, state = agent
+    state["rejections"] = [QUARANTINED]
+    address = url.removeprefix("http://")
+    config.write_text(f'ListenAddr = "{address}"\n' + config.read_text())
+    assert tidegate("explain", "web.test", "-c", config).exit_code == NEGATIVE
+
+
+def test_something_else_that_answers_is_not_taken_for_the_agent(config, agent):
+    url, state = agent
+    state["rejections"] = "none of your business"
+    found = json.loads(tidegate("explain", "web.test", "-c", config, "--url", url, "--json").stdout)
+    assert found["routed"] is True
+    assert "what answers is no agent" in found["notes"][0]
+
+
+def test_an_agent_that_stands_by_does_not_know_what_was_refused(config, agent):
+    url, state = agent
+    state["instances"] = [{"id": "x", "name": "nginx.1", "state": "standby"}]
+    result = tidegate("plan", "-c", config, "--url", url)
+    assert "note: the agent that was asked stands by for OpenResty nginx.1" in result.stdout
+
+
 def test_the_light_commands_do_not_load_the_heavy_libraries():
     code = (
         "import sys\nfrom agent.cli import main\n"

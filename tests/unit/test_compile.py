@@ -39,7 +39,7 @@ OTHER_CERTIFICATE = labels(ssl="", ssl_cert="b.pem", ssl_cert_key="b.key")
 
 class Clock:
     def __init__(self) -> None:
-        self.now = 1000.0
+        self.now = 1200.0
 
     def __call__(self) -> float:
         return self.now
@@ -526,6 +526,47 @@ def test_a_name_shared_by_two_hosts_is_served_by_both():
 # --- what stays over time
 
 
+def test_a_second_shared_network_does_not_take_down_a_service_that_is_served():
+    compiler = Compiler()
+    web = service("web", labels(hostname="a"), instance("t1"))
+    before = compiler.compile(snapshot(web), DEFAULTS)
+    both = replace(web, networks=("edge", "extra"))
+    after = compiler.compile(snapshot(both, proxy_networks=("edge", "extra")), DEFAULTS)
+    assert after.membership.upstreams["a.local/"] == before.membership.upstreams["a.local/"]
+    assert only(after).reason == "network_ambiguous"
+    assert "still reached over edge" in only(after).message
+
+
+def test_tasks_still_on_the_former_network_serve_while_an_update_moves_the_service():
+    moved = service(
+        "web",
+        labels(hostname="a"),
+        instance("old", "10.0.0.1", network="edge"),
+        instance("new", "10.1.0.1", network="extra"),
+        networks=("extra",),
+    )
+    desired = compiled(moved, proxy_networks=("edge", "extra"))
+    peers = desired.membership.upstreams["a.local/"].peers
+    assert {(peer.id, peer.address) for peer in peers} == {
+        ("old", "10.0.0.1"),
+        ("new", "10.1.0.1"),
+    }
+
+
+def test_a_draining_task_without_its_port_leaves_the_route_waiting_for_the_next():
+    web = service(
+        "web",
+        labels(hostname="a", port="8080"),
+        instance("old", "", InstanceState.DRAINING, node_address="192.0.2.1"),
+        networks=(),
+        host_ports_only=True,
+    )
+    desired = compiled(web)
+    upstream = desired.membership.upstreams["a.local/"]
+    assert (upstream.peers, desired.rejections) == ((), ())
+    assert upstream.hold > 0
+
+
 def test_a_host_that_nobody_claims_lingers_without_peers_and_then_goes():
     clock = Clock()
     compiler = Compiler(clock=clock)
@@ -546,6 +587,25 @@ def test_a_host_that_nobody_claims_lingers_without_peers_and_then_goes():
     clock.now += 0.2
     gone = compiler.compile(snapshot(), DEFAULTS)
     assert (gone.site.hosts, dict(gone.membership.upstreams)) == ((), {})
+    assert compiler.next_expiry is None
+
+
+def test_hosts_that_are_lost_within_that_time_go_together():
+    clock = Clock()
+    compiler = Compiler(clock=clock)
+    first = service("one", labels(hostname="a"), instance("t1"))
+    second = service("two", labels(hostname="b"), instance("t2"))
+    compiler.compile(snapshot(first, second), DEFAULTS)
+    clock.now += 10.0
+    compiler.compile(snapshot(second), DEFAULTS)
+    clock.now += 300.0
+    compiler.compile(snapshot(), DEFAULTS)
+    deadline = compiler.next_expiry
+    assert deadline is not None
+    clock.now = deadline - 0.1
+    assert len(compiler.compile(snapshot(), DEFAULTS).site.hosts) == 2
+    clock.now = deadline
+    assert compiler.compile(snapshot(), DEFAULTS).site.hosts == ()
     assert compiler.next_expiry is None
 
 

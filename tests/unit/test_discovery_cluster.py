@@ -170,6 +170,28 @@ def test_tasks_of_a_lost_node_are_gone_and_back_with_it() -> None:
     assert only(workload(shown(cluster), "web")).state is InstanceState.UP
 
 
+def test_a_stopping_task_keeps_the_ports_that_the_engine_withdraws_before_it_stops() -> None:
+    port = PublishedPort(8080, 18080)
+    cluster = loaded(make_task("t1", "web", published=(port,)))
+    cluster.apply([Change("task", make_task("t1", "web", 2, desired=TaskState.SHUTDOWN))])
+    instance = only(workload(shown(cluster), "web"))
+    assert (instance.state, instance.published) == (InstanceState.DRAINING, (port,))
+
+
+def test_a_network_counts_for_openresty_when_all_its_tasks_are_on_it() -> None:
+    cluster = loaded(
+        make_task("t1", "web", addresses=(("net", "10.0.0.1"),)),
+        targets=("net", "extra"),
+        labels={"interlock.ext.name": "nginx"},
+    )
+    cluster.apply([Change("network", Network("extra", 1, "extra", "overlay", ingress=False))])
+    assert shown(cluster).proxy_networks == ("net",)
+    moved = make_task("t2", "web", addresses=(("net", "10.0.0.2"), ("extra", "10.1.0.2")))
+    gone = make_task("t1", "web", 2, state=TaskState.SHUTDOWN, desired=TaskState.SHUTDOWN)
+    cluster.apply([Change("task", moved), Change("task", gone)])
+    assert shown(cluster).proxy_networks == ("extra", "net")
+
+
 def test_a_nodes_address_stays_known_when_an_event_has_none() -> None:
     cluster = loaded(make_task("t1", "web"))
     cluster.apply([Change("node", Node("n1", 2, "renamed", "", down=False))])

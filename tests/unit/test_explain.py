@@ -10,7 +10,7 @@ from clusters import check_golden, instance, labels, service, settings, snapshot
 from agent.compile import Compiler, compile_snapshot
 from agent.config.settings import Settings
 from agent.explain import MAX_SUBJECTS, Explanation, Outcome, explain
-from agent.model import InstanceState, Workload
+from agent.model import InstanceState, Rejection, Workload
 
 DEFAULTS = settings()
 CERTIFICATE = labels(ssl="", ssl_cert="a.pem", ssl_cert_key="a.key")
@@ -46,9 +46,14 @@ def cluster() -> list[Workload]:
     ]
 
 
-def ask(name: str, *workloads: Workload, options: Settings = DEFAULTS) -> Explanation:
+def ask(
+    name: str,
+    *workloads: Workload,
+    options: Settings = DEFAULTS,
+    refusals: tuple[Rejection, ...] = (),
+) -> Explanation:
     seen = snapshot(*(workloads or cluster()))
-    return explain(seen, options, compile_snapshot(seen, options), name)
+    return explain(seen, options, compile_snapshot(seen, options), name, refusals=refusals)
 
 
 def failed(explanation: Explanation) -> list[str]:
@@ -165,3 +170,34 @@ def test_a_lingering_host_is_told_of():
     assert told.found
     assert not told.routed
     assert "get 503" in failed(told)[0]
+
+
+def refused(subject: str, reason: str = "host_quarantined") -> Rejection:
+    return Rejection(subject, reason, "nginx of n1 refused it: no a.pem", "Mend it.")
+
+
+@pytest.mark.parametrize(
+    "name", ["shop.example.com", "www.example.com", "shop_web", "4hz2web1aaaa"]
+)
+def test_what_nginx_refused_is_not_routed_and_told_with_its_message(name):
+    told = ask(name, refusals=(refused("host shop.example.com"),))
+    assert not told.routed
+    (account,) = told.accounts
+    assert account.refused
+    (step,) = [step for step in account.steps if "host_quarantined" in step.text]
+    assert step.outcome is Outcome.FAILED
+    assert "nginx of n1 refused it: no a.pem" in step.text
+    assert step.hint == "Mend it."
+
+
+def test_an_upstream_that_openresty_refused_is_told():
+    refusal = refused("upstream shop.example.com/", "upstream_refused")
+    told = ask("shop.example.com", refusals=(refusal,))
+    assert not told.routed
+    assert any("upstream_refused" in text for text in failed(told))
+
+
+def test_a_refused_host_is_no_matter_of_the_others():
+    told = ask("shop.example.com", refusals=(refused("host other.example.com"),))
+    assert told.routed
+    assert not told.accounts[0].refused

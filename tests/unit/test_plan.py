@@ -8,8 +8,8 @@ import pytest
 from openresty_fake import FakeOpenResty, FakeRenderer, desired, site, upstream
 
 from agent.driver.targets import Target
-from agent.model import Desired, Membership, Policy
-from agent.plan import InstancePlan, plan
+from agent.model import Desired, Location, Membership, Policy, Site
+from agent.plan import InstancePlan, Running, plan
 
 TARGET = Target(id="x", name="nginx.1", urls=("http://x",))
 
@@ -19,9 +19,33 @@ def nginx() -> FakeOpenResty:
     return FakeOpenResty()
 
 
-def planned(nginx: FakeOpenResty, wanted: Desired) -> InstancePlan:
-    (result,) = plan(wanted, [TARGET], connect=nginx.client, renderer=FakeRenderer())
+def planned(nginx: FakeOpenResty, wanted: Desired, **state: object) -> InstancePlan:
+    """The plan, with the running agent's state as far as it matters."""
+    (result,) = plan(
+        wanted,
+        [TARGET],
+        connect=nginx.client,
+        renderer=FakeRenderer(),
+        running=Running.model_validate(state),
+    )
     return result
+
+
+def runs(nginx: FakeOpenResty, site: Site, *membership: str) -> None:
+    """Let it run this site with these upstreams, empty but for "a/"."""
+    renderer = FakeRenderer()
+    nginx.files = dict(renderer.render(site, 1022001).files)
+    nginx.generation = renderer.generation(nginx.files)
+    nginx.membership = Membership(
+        {name: upstream(name, *(("10.0.0.1",) if name == "a/" else ())) for name in membership}
+    )
+
+
+def lingers(host: str, path: str, name: str) -> dict[str, object]:
+    return {
+        "routes": [{"host": host, "path": path, "upstream": name}],
+        "upstreams": [{"name": "a/", "peers": [{}]}, {"name": name, "peers": []}],
+    }
 
 
 def test_a_fresh_instance_would_get_everything_and_a_reload(nginx):
@@ -75,3 +99,49 @@ def test_an_instance_that_is_away_is_told_and_the_others_are_planned(nginx):
     nginx.down = True
     result = planned(nginx, desired({"a": ()}))
     assert "Connection refused" in result.error
+
+
+def test_a_host_that_lingers_is_neither_removed_nor_a_reload(nginx):
+    runs(nginx, site("a", "gone"), "a/", "gone/")
+    result = planned(nginx, desired({"a": ("10.0.0.1",)}), **lingers("gone", "/", "gone/"))
+    assert not result.changes
+    assert result.file_changes == ()
+    assert result.lingering == ("gone/",)
+
+
+def test_without_the_running_agent_what_lingers_is_removed(nginx):
+    runs(nginx, site("a", "gone"), "a/", "gone/")
+    result = planned(nginx, desired({"a": ("10.0.0.1",)}))
+    assert result.reload
+    assert [(item.name, item.change) for item in result.upstreams] == [("gone/", "removed")]
+
+
+def test_a_context_root_that_lingers_beside_others_is_no_reload(nginx):
+    (host,) = site("a").hosts
+    whole = replace(host, locations=(*host.locations, Location("/old", "a/old")))
+    runs(nginx, Site((whole,)), "a/", "a/old")
+    result = planned(nginx, desired({"a": ("10.0.0.1",)}), **lingers("a", "/old", "a/old"))
+    assert not result.changes
+    assert result.lingering == ("a/old",)
+
+
+def test_what_is_asked_for_without_peers_does_not_linger(nginx):
+    runs(nginx, site("a"), "a/")
+    state = lingers("gone", "/", "gone/")
+    result = planned(nginx, desired({"a": ("10.0.0.1",), "gone": ()}), **state)
+    assert result.lingering == ()
+    assert result.reload
+
+
+@pytest.mark.parametrize("accepted_before", [True, False])
+def test_a_host_in_quarantine_stays_as_it_runs_and_is_no_reload(nginx, accepted_before):
+    runs(nginx, site("a"), "a/", "bad/")
+    if accepted_before:
+        nginx.files["bad.conf"] = "the last accepted text"
+        nginx.generation = FakeRenderer().generation(nginx.files)
+    state = [{"id": "x", "quarantined": ["bad"]}]
+    result = planned(nginx, desired({"a": ("10.0.0.1",), "bad": ()}), instances=state)
+    assert not result.changes
+    assert result.quarantined == ("bad",)
+    elsewhere = [{"id": "another", "quarantined": ["bad"]}]
+    assert planned(nginx, desired({"a": ("10.0.0.1",), "bad": ()}), instances=elsewhere).reload
