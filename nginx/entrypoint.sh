@@ -24,11 +24,12 @@ token_file=${TIDEGATE_ADMIN_TOKEN_FILE:-}
 tls_cert=${TIDEGATE_ADMIN_TLS_CERT:-}
 tls_key=${TIDEGATE_ADMIN_TLS_KEY:-}
 tls_client_ca=${TIDEGATE_ADMIN_TLS_CLIENT_CA:-}
-lease_ttl=${TIDEGATE_LEASE_TTL:-15}
+lease_ttl=${TIDEGATE_LEASE_TTL:-5}
 dict_size=${TIDEGATE_DICT_SIZE:-64m}
 workers=${TIDEGATE_WORKERS:-auto}
 http_port=${TIDEGATE_HTTP_PORT:-80}
 worker_connections=${TIDEGATE_WORKER_CONNECTIONS:-8192}
+max_held=${TIDEGATE_MAX_HELD:-4096}
 shutdown_timeout=${TIDEGATE_WORKER_SHUTDOWN_TIMEOUT:-240s}
 error_log=${TIDEGATE_ERROR_LOG:-stderr}
 access_log=${TIDEGATE_ACCESS_LOG:-off}
@@ -68,6 +69,7 @@ check TIDEGATE_DICT_SIZE "$dict_size" '0-9kKmMgG'
 check TIDEGATE_WORKERS "$workers" '0-9auto'
 check TIDEGATE_HTTP_PORT "$http_port" '0-9'
 check TIDEGATE_WORKER_CONNECTIONS "$worker_connections" '0-9'
+check TIDEGATE_MAX_HELD "$max_held" '0-9'
 check TIDEGATE_WORKER_SHUTDOWN_TIMEOUT "$shutdown_timeout" '0-9smhd'
 check TIDEGATE_ERROR_LOG "$error_log" 'A-Za-z0-9._/ -'
 check TIDEGATE_ACCESS_LOG "$access_log" 'A-Za-z0-9._/ -'
@@ -184,6 +186,7 @@ sed -e "s|@MODULES@|$modules|g" \
     -e "s|@DICT_SIZE@|$dict_size|g" \
     -e "s|@TOKEN_FILE@|$token_file|g" \
     -e "s|@LEASE_TTL@|$lease_ttl|g" \
+    -e "s|@MAX_HELD@|$max_held|g" \
     -e "s|@ERROR_PAGE@|$error_page|g" \
     -e "s|@ADMIN_LISTEN@|$admin_listen_line|g" \
     -e "s|@ADMIN_TLS@|$admin_tls|g" \

@@ -350,6 +350,18 @@ def test_a_host_that_nginx_refuses_is_put_apart_and_the_others_serve(proxy, star
         assert "missing.pem" in rejection["message"]
         assert request(agent.port, "/readyz", host="agent").status == 200
         assert agent.metric('tidegate_rejections{reason="host_quarantined"}') == 1
+
+        explained = agent.command("explain", "b.test", "-c", str(agent.config))
+        assert explained.returncode == 1
+        assert "refused by OpenResty" in explained.stdout
+        assert "missing.pem" in explained.stdout
+        assert agent.command("explain", "a.test", "-c", str(agent.config)).returncode == 0
+        checked = agent.command("check", "-c", str(agent.config))
+        assert "warning  host b.test: nginx of" in checked.stdout
+        planned = agent.command("plan", "-c", str(agent.config)).stdout
+        assert "rejected: host b.test: nginx of" in planned
+        assert "nothing to do" in planned
+
         agent.write(good, service("b.test", two))
         wait_until(lambda: serving(proxy, "b.test") == {"b1"}, what="mended")
         wait_until(lambda: agent.state()["rejections"] == [], what="no rejection")
@@ -426,8 +438,25 @@ def test_plan_says_what_would_be_done_and_does_nothing(proxy, start):
         agent.start()
         agent.wait_in_sync()
         assert "nothing to do" in agent.command("plan", "-c", str(agent.config)).stdout
+
+        agent.write(service("a.test", one), service("gone.test", two))
+        wait_until(lambda: serving(proxy, "gone.test") == {"b1"}, what="the new host")
+        agent.write(service("a.test", one))
+        wait_until(lambda: serving(proxy, "gone.test") == {"503"}, what="it lingers")
+        lingers = agent.command("plan", "-c", str(agent.config)).stdout
+        assert "gone.test/ lingers" in lingers
+        assert "nothing to do" in lingers
+        agent.write(service("a.test", one), service("gone.test", two))
+        wait_until(lambda: serving(proxy, "gone.test") == {"b1"}, what="it is back")
         agent.stop()
-        agent.write(service("a.test", two))
+        agent.write(service("a.test", one))
+        unasked = agent.command("plan", "-c", str(agent.config)).stdout
+        assert "note: the running agent could not be asked" in unasked
+        assert "gone.test/ removed" in unasked
+        assert "a reload is needed" in unasked
+        agent.write(service("a.test", one), service("gone.test", two))
+        assert "nothing to do" in agent.command("plan", "-c", str(agent.config)).stdout
+        agent.write(service("a.test", two), service("gone.test", two))
         found = json.loads(agent.command("plan", "-c", str(agent.config), "--json").stdout)
         (instance,) = found["instances"]
         assert instance["reload"] is False

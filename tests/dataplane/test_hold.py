@@ -204,12 +204,124 @@ def test_stop_first_update_of_one_replica_fails_nothing_with_retries_off(proxy: 
         assert load.failed == {}
 
 
-def test_a_client_that_leaves_frees_its_place(routed: Proxy) -> None:
-    routed.admin.put({A: upstream(hold=60)})
-    with socket.create_connection(("127.0.0.1", routed.http_port)) as client:
-        client.sendall(b"GET / HTTP/1.1\r\nHost: a.test\r\n\r\n")
-        wait_until(lambda: in_flight(routed) == 1)
-    wait_until(lambda: in_flight(routed) == 0, timeout=5)
+def test_a_client_that_leaves_frees_its_place(make_proxy: Callable[..., Proxy]) -> None:
+    proxy = make_proxy(workers=1, env={"TIDEGATE_MAX_HELD": "1"})
+    proxy.start()
+    proxy.admin.site(site(proxy.http_port, {"a.test": {"/": A}}))
+    proxy.admin.put({A: upstream(hold=60)})
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", proxy.http_port)) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: a.test\r\n\r\n")
+            wait_until(lambda: in_flight(proxy) == 1)
+        wait_until(lambda: in_flight(proxy) == 0, timeout=5)
+    assert held(proxy, "refused") == 0
+
+
+def test_as_many_are_held_as_the_setting_says(make_proxy: Callable[..., Proxy]) -> None:
+    proxy = make_proxy(workers=1, env={"TIDEGATE_MAX_HELD": "2"})
+    proxy.start()
+    proxy.admin.site(site(proxy.http_port, {"a.test": {"/": A}}))
+    proxy.admin.put({A: upstream(hold=20)})
+    with ThreadPoolExecutor() as pool, Backend("new") as new:
+        answers = [pool.submit(request, proxy.http_port) for _ in range(2)]
+        wait_until(lambda: in_flight(proxy) == 2)
+        started = time.monotonic()
+        assert request(proxy.http_port).status == 503
+        assert time.monotonic() - started < 1
+        proxy.admin.patch({A: upstream(new.peer(), hold=20)})
+        assert [answer.result().text for answer in answers] == ["new", "new"]
+    wait_until(lambda: held(proxy, "refused") == 1)
+
+
+@pytest.mark.parametrize("retries", ["error timeout", "off"])
+def test_a_draining_peer_that_goes_on_serving_gets_requests_held_in_vain(
+    proxy: Proxy, retries: str
+) -> None:
+    proxy.admin.site(site(proxy.http_port, {"a.test": {"/": A}}, retries=retries))
+    gone = peer(free_port(), id="gone", state="draining")
+    with Backend("old") as old, ThreadPoolExecutor() as pool:
+        proxy.admin.put({A: upstream(old.peer(), hold=15)})
+        wait_until(lambda: proxy.admin.live(A) == {"old": "up"})
+        proxy.admin.patch({A: upstream(old.peer(state="draining"), gone, hold=15)})
+        time.sleep(2)  # draining for so long that it might have ended
+        started = time.monotonic()
+        answers = [
+            pool.submit(request, proxy.http_port, "/echo", method="POST", body=b"once")
+            for _ in range(8)
+        ]
+        assert [answer.result().body for answer in answers] == [b"once"] * 8
+        assert 2.5 < time.monotonic() - started < 6
+        assert len(old.requests) == 8
+        first = started
+        with Load(proxy.http_port, connections=4) as load:  # what comes now is not held as long
+            wait_until(lambda: load.total >= 10)
+            at = load.total
+            started = time.monotonic()
+            wait_until(lambda: time.monotonic() - started > 2)
+            assert load.total > at + 200
+            with Backend("new") as new:
+                proxy.admin.patch({A: upstream(old.peer(state="draining"), new.peer(), hold=15)})
+                wait_until(lambda: proxy.admin.live(A)["new"] == "up")
+                seen = len(old.requests)
+                wait_until(lambda: load.names["new"] > 50)
+                load.stop()
+        assert load.failed == {}
+        assert len(old.requests) <= seen + 4  # those that were under way
+        # Two workers with 4 checks a second each, and the connections that requests took.
+        assert old.connections <= 2 * 4 * (time.monotonic() - first + 1) + 20
+
+
+def test_a_draining_peer_that_refuses_leaves_requests_held_until_another_comes(
+    proxy: Proxy,
+) -> None:
+    proxy.admin.site(site(proxy.http_port, {"a.test": {"/": A}}, retries="off"))
+    with Backend("old") as old:
+        proxy.admin.put({A: upstream(old.peer(), hold=15)})
+        wait_until(lambda: proxy.admin.live(A) == {"old": "up"})
+    draining = old.peer(state="draining")
+    proxy.admin.patch({A: upstream(draining, hold=15)})
+    time.sleep(2)
+    with ThreadPoolExecutor() as pool, Backend("new") as new:
+        answers = [
+            pool.submit(request, proxy.http_port, "/echo", method="POST", body=b"once")
+            for _ in range(4)
+        ]
+        time.sleep(4.5)  # longer than what a request waits for a replacement alone
+        assert not any(answer.done() for answer in answers)
+        proxy.admin.patch({A: upstream(draining, new.peer(), hold=15)})
+        assert [answer.result().status for answer in answers] == [200] * 4
+        assert len(new.requests) == 4
+    wait_until(lambda: held(proxy, "resumed") == 4)
+
+
+def test_a_draining_peer_that_ends_while_it_is_the_last_resort_fails_nothing(
+    routed: Proxy,
+) -> None:
+    with Backend("old") as old:
+        routed.admin.put({A: upstream(old.peer(), hold=15)})
+        wait_until(lambda: routed.admin.live(A) == {"old": "up"})
+        routed.admin.patch({A: upstream(old.peer(state="draining"), hold=15)})
+        time.sleep(2)
+        with Load(routed.http_port, connections=4, keep_alive=False) as load:
+            wait_until(lambda: load.names["old"] > 50)
+            old.kill()
+            wait_until(lambda: is_still(load), what="all requests held")
+            with Backend("new") as new:
+                routed.admin.patch({A: upstream(new.peer(), hold=15)})
+                wait_until(lambda: load.names["new"] > 50)
+                load.stop()
+        assert load.failed == {}
+
+
+def test_without_hold_a_draining_peer_serves_at_once_however_long_it_has_been(
+    routed: Proxy, backend: Backend
+) -> None:
+    routed.admin.put({A: upstream(backend.peer())})
+    routed.admin.patch({A: upstream(backend.peer(state="draining"))})
+    time.sleep(2)
+    started = time.monotonic()
+    assert request(routed.http_port).text == "b0"
+    assert time.monotonic() - started < 1
 
 
 def test_refusing_peers_are_not_waited_for_as_long(routed: Proxy) -> None:

@@ -240,6 +240,27 @@ def test_websockets_work_without_being_asked_for(routed: Proxy, backend: Backend
         assert say(connection, b"still here") == b"still here"
 
 
+def test_an_answer_reaches_the_client_as_it_comes(routed: Proxy) -> None:
+    """Server-sent events: the head and each event at once, not when a buffer is full."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(10)
+        routed.admin.put({A: upstream(peer(server.getsockname()[1]))})
+        with socket.create_connection(("127.0.0.1", routed.http_port), timeout=10) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: a.test\r\nConnection: close\r\n\r\n")
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(10000)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
+                text = b""
+                for event in (b"data: one\n\n", b"data: two\n\n"):
+                    connection.sendall(event)
+                    while event not in text:
+                        chunk = client.recv(1000)
+                        assert chunk, text
+                        text += chunk
+    assert text.startswith(b"HTTP/1.1 200 ")
+
+
 def test_no_other_upgrade_gets_through(routed: Proxy, backend: Backend) -> None:
     routed.admin.put({A: upstream(backend.peer())})
     request(routed.http_port, headers={"Connection": "Upgrade", "Upgrade": "h2c"})

@@ -58,6 +58,7 @@ local function open(name, blob, number, before)
         hold = head.hold,
         tries = tries > 1 and tries,
         hosts = {},
+        accepting = {},     -- index of a draining peer → until when it may be sent to anyhow
         stats = metrics.of(name),
         picker = pickers.new(codec.algorithm(blob, head), {
             peers = peers,
@@ -142,13 +143,14 @@ local function find_up(upstream, tried, fresh, at)
 end
 
 
--- The same for the peers from `first` on, in turn.
+-- The same for the peers from `first` on, in turn; those that came into their state before
+-- `not_before` only while they are known to accept.
 local function find_other(upstream, first, count, tried, fresh, at, not_before)
     local start = (upstream.turn or 0) + 1
     upstream.turn = start
     for step = 0, count - 1 do
         local index = first + (start + step) % count
-        if upstream.peers[index].since > not_before
+        if (upstream.peers[index].since > not_before or at < (upstream.accepting[index] or 0))
                 and usable(upstream, index, tried, fresh, at) then
             return index
         end
@@ -158,8 +160,9 @@ end
 
 
 -- Any peer, by rank: admitted; draining, which may not be there any more, so where a replacement
--- is expected only for a short time; being probed, where nothing else is to be hoped for.
--- `fresh` leaves out those that have just refused a connection.
+-- is expected only for a short time or where `tidegate.last_resort` vouches for it; being probed,
+-- where nothing else is to be hoped for. `fresh` leaves out those that have just refused a
+-- connection.
 local function choose(upstream, tried, fresh, at)
     local index
     if upstream.up > 0 then
@@ -186,6 +189,18 @@ end
 --- Whether a request to `upstream` could go to a peer that has not just failed here.
 function _M.ready(upstream)
     return choose(upstream, nil, true, now()) ~= nil
+end
+
+
+--- Host and port of a peer.
+function _M.address(upstream, index)
+    return host_of(upstream, index), upstream.peers[index].port
+end
+
+
+--- Lets requests go to a draining peer until `until_`, however long it has been draining.
+function _M.allow(upstream, index, until_)
+    upstream.accepting[index] = until_
 end
 
 

@@ -5,6 +5,7 @@
 -- answered. None of this costs anything as long as requests succeed.
 
 local balancer = require "tidegate.balancer"
+local last_resort = require "tidegate.last_resort"
 local metrics = require "tidegate.metrics"
 
 local get_method = ngx.req.get_method
@@ -14,17 +15,19 @@ local max = math.max
 local min = math.min
 local ngx = ngx
 local now = ngx.now
+local on_abort = ngx.on_abort
 local set_uri = ngx.req.set_uri
 local sleep = ngx.sleep
 local sub = string.sub
 local tonumber = tonumber
 local var = ngx.var
 
-local MAX_HELD = 1024
 -- nginx allows 10 internal redirects per request.
 local MAX_ATTEMPTS = 8
 -- While peers are there and refuse, they are more likely broken than on their way.
 local REFUSING_LIMIT = 3
+-- Longer than a replacement commonly takes that is started once the old one has ended.
+local HOLD_BEFORE_DRAINING = 3
 local RETRY_AFTER = 5
 local IDEMPOTENT = {
     GET = true, HEAD = true, OPTIONS = true, TRACE = true, PUT = true, DELETE = true,
@@ -43,8 +46,15 @@ local TEXTS = {
 
 local _M = {}
 
+local max_held = 4096
 local held = 0
 local page = "{{status}} {{reason}}\n"
+
+
+--- Sets how many requests may wait in a worker at a time.
+function _M.set_limit(count)
+    max_held = count
+end
 
 
 --- Sets the error page: HTML with `{{status}}`, `{{reason}}` and `{{text}}`.
@@ -92,13 +102,36 @@ local function strip_prefix()
 end
 
 
+-- Where only draining peers are left that might have ended: whether a request has waited long
+-- enough for a replacement, so that they are to be asked. What one has waited for this version of
+-- the upstream, the next ones need not wait again.
+local function is_overdue(upstream, waited)
+    if upstream.up > 0 or upstream.draining == 0 then
+        return false
+    end
+    if waited >= min(HOLD_BEFORE_DRAINING, upstream.hold / 2) then
+        upstream.overdue = true
+    end
+    return upstream.overdue
+end
+
+
 -- Waits until a peer can be picked.
 -- @return true; or false and whether that was because too many are waiting already
 local function wait(name, started, pause)
-    if held >= MAX_HELD then
+    if held >= max_held then
         return false, true
     end
     held = held + 1
+    local waiting = true
+    -- Without this, nginx would drop the coroutine of a client that leaves, and its place with it.
+    on_abort(function()
+        if waiting then
+            waiting = false
+            held = held - 1
+        end
+        ngx.exit(499)
+    end)
     local found = false
     while true do
         local upstream = balancer.lookup(name)
@@ -113,11 +146,15 @@ local function wait(name, started, pause)
         if waited >= (upstream.up > 0 and min(upstream.hold, REFUSING_LIMIT) or upstream.hold) then
             break
         end
+        if is_overdue(upstream, waited) then
+            last_resort.look(upstream)
+        end
         -- Many waiting requests must not keep a worker busy with looking.
         local step = 0.003 + held * 0.00003
         pause = pause - step
         sleep(step)
     end
+    waiting = false
     held = held - 1
     return found, false
 end

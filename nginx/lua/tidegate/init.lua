@@ -45,7 +45,7 @@ end
 
 
 --- Body of `init_by_lua`: runs in the master at each load of the configuration.
--- @param options `{run, state, binary, token_file, lease_ttl, error_page}`
+-- @param options `{run, state, binary, token_file, lease_ttl, max_held, error_page}`
 function _M.start(options)
     math.randomseed(ngx.time() * 1000 + ngx.worker.pid())
     if not ctl:get("instance") then
@@ -62,6 +62,7 @@ function _M.start(options)
         token_file = options.token_file ~= "" and options.token_file or nil,
         version = _M.version,
     })
+    hold.set_limit(options.max_held)
     local page, err = posix.read(options.error_page)
     if page then
         hold.set_page(page)
