@@ -386,7 +386,7 @@ def test_the_admin_listener_can_be_a_unix_socket(
 
 def test_one_writer_at_a_time(proxy: Proxy) -> None:
     admin = proxy.admin
-    assert admin.call("POST", "/v1/lease", {"writer": "one"}).json()["expires_in"] == 15
+    assert admin.call("POST", "/v1/lease", {"writer": "one"}).json()["expires_in"] == 5
     for method, path, push in (
         ("PUT", "/v1/membership", {"revision": 1, "upstreams": {}}),
         ("PATCH", "/v1/membership", {"revision": 1, "base_revision": 0, "upsert": {}}),
