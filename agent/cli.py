@@ -123,8 +123,14 @@ def _load(config: str | None) -> Loaded:
 @click.pass_obj
 def run(debug: bool, *, config: str | None) -> None:
     """Run the agent. SIGTERM ends it cleanly, SIGHUP rereads the settings."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     with _told():
-        _run(config, debug=debug)
+        try:
+            _run(config, debug=debug)
+        except BaseException:
+            # Whoever called us, in this process, is not to be left without its signals.
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            raise
 
 
 def _run(config: str | None, *, debug: bool) -> None:
