@@ -330,8 +330,11 @@ class _Events:
                 raise
 
     def _chunks(self) -> Iterator[bytes]:
-        while chunk := self._body.read1(65536):
-            yield chunk
+        try:
+            while chunk := self._body.read1(65536):
+                yield chunk
+        except http.client.HTTPException as error:
+            raise DockerUnavailable(f"the event stream of {self._url} broke off") from error
 
     def close(self) -> None:
         # Below TLS, whose state belongs to the thread that reads. It may be gone, which is as good.
@@ -434,12 +437,7 @@ def _mapped(url: str) -> Iterator[None]:
         raise
     except requests.Timeout as error:
         raise DockerUnavailable(f"the engine at {url} did not answer in time") from error
-    except (
-        requests.RequestException,
-        urllib3.exceptions.HTTPError,
-        http.client.HTTPException,
-        OSError,
-    ) as error:
+    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
         raise DockerUnavailable(_unreachable(url, error)) from error
     except DockerException as error:
         cause = _os_error(error)
