@@ -159,8 +159,8 @@ class Connector:
             DiscoveryError: the URL or the TLS files cannot be used.
         """
         errors: list[DiscoveryError] = []
-        for offset in range(len(self._urls)):
-            index = (self._first + offset) % len(self._urls)
+        count, first = len(self._urls), self._first
+        for index in (at % count for at in range(first, first + count)):
             try:
                 engine = DockerEngine(
                     self._settings, url=self._urls[index], failed=partial(self._leave, index)
