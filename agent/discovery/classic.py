@@ -105,8 +105,7 @@ class ClassicSource(EngineSource):
         """Make the source; it connects when it runs."""
         super().__init__(settings, observer=observer, connect=connect, clock=clock)
         self._nodes: Mapping[str, NodeView] = {}
-        # Nodes that an event called lost, and which event; and since when others are not seen.
-        self._lost: dict[str, int] = {}
+        # Since when nodes are not seen whose containers are still known.
         self._unseen: dict[str, float] = {}
         self._signalled: dict[str, int] = {}
         self._shared: dict[str, bool] = {}
@@ -181,11 +180,6 @@ class ClassicSource(EngineSource):
         assert isinstance(listing, ClassicListing)
         now = self._clock()
         self._nodes = listing.nodes
-        self._lost = {
-            name: lost
-            for name, lost in self._lost.items()
-            if lost > tick or not (name in listing.nodes and listing.nodes[name].healthy)
-        }
         found = dict(listing.containers)
         doubt = False
         for identity, known in self._containers.items():
@@ -214,7 +208,6 @@ class ClassicSource(EngineSource):
         view = listing.nodes.get(node)
         return (
             known.instance.state is InstanceState.GONE
-            or node in self._lost
             or (view is not None and view.lost)
             or listing.covers(node)
         )
@@ -246,7 +239,6 @@ class ClassicSource(EngineSource):
                 self._lose(name)
 
     def _lose(self, node: str) -> None:
-        self._lost[node] = self._tick
         for identity, known in self._containers.items():
             if known.instance.node == node:
                 self._touched[identity] = self._tick

@@ -261,6 +261,7 @@ class TestNodeLost:
             # As it is with an engine that died without a word: still "running", with its ports.
             manager.line("web2")["Status"] = "Host Down"
             driven.until([peer for peer in ALL if HERE in peer])
+            assert follower.states("web2") == ["gone"], "and `explain` can tell why"
 
     def test_what_was_moved_away_from_a_lost_node_is_no_longer_there(
         self, manager: ClassicManager

@@ -338,18 +338,61 @@ class TestSlowAnswers:
             follower.until(lambda: len(rig.heard.syncs) > syncs + 1)
             assert all(named(s, "web-1") is None for s in follower.snapshots[since:])
 
-    def test_one_that_is_signalled_while_it_is_first_inspected_drains(
+    def test_an_inspection_that_is_older_than_its_end_does_not_undo_it(
         self, rig: Rig, running: Following
     ) -> None:
+        gate, asked = threading.Event(), threading.Event()
+
+        def hang(path: str) -> None:
+            if rig.ids["web-1"] in path:
+                asked.set()
+                gate.wait(10)
+
+        rig.engine.before = hang
+        rig.say("web-1", "update")
+        assert asked.wait(10)
         rig.say("web-1", "die")
         running.until(lambda: running.workload("web-1") is None)
-        gate = threading.Event()
-        rig.engine.before = lambda path: gate.wait(10) if rig.ids["web-1"] in path else None
-        rig.say("web-1", "start")
-        rig.say("web-1", "kill", signal="15")
-        running.until(lambda: rig.source.status.events == 3)
+        since = len(running.snapshots)
         gate.set()
-        running.until(lambda: running.states("web-1") == ["draining"])
+        rig.raw("checked-1")["State"]["Health"]["Status"] = "healthy"
+        rig.say("checked-1", "health_status: healthy")
+        running.until(lambda: running.states("checked-1") == ["up"])
+        assert all(named(s, "web-1") is None for s in running.snapshots[since:])
+
+    @pytest.mark.parametrize("hanging", ["inspection", "list"])
+    def test_one_that_is_signalled_while_it_is_first_asked_for_drains(self, hanging: str) -> None:
+        rig = Rig(resync_interval=0.1 if hanging == "list" else 60.0)
+        with following(rig.source) as running:
+            line, listed = rig.summary("web-1"), rig.engine.answers["/containers/json"]
+            listed.remove(line)
+            rig.say("web-1", "die")
+            running.until(lambda: running.workload("web-1") is None)
+            path = f"/containers/{rig.ids['web-1']}/json"
+            gate, asked = threading.Event(), threading.Event()
+
+            def hang(called: str) -> None:
+                if called == (path if hanging == "inspection" else "/containers/json"):
+                    if asked.is_set() and line not in listed:
+                        listed.append(line)
+                    asked.set()
+                    gate.wait(10)
+
+            rig.engine.before = hang
+            if hanging == "list":
+                assert asked.wait(10)
+            rig.say("web-1", "start")
+            rig.say("web-1", "kill", signal="15")
+            running.until(lambda: rig.source.status.events == 3)
+            since = len(running.snapshots)
+            # What is listed now was so before it started.
+            gate.set()
+            running.until(lambda: running.states("web-1") == ["draining"])
+            assert all(
+                [str(i.state) for i in workload.instances] == ["draining"]
+                for snapshot in running.snapshots[since:]
+                if (workload := named(snapshot, "web-1"))
+            )
 
 
 class TestPolling:
