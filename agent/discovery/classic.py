@@ -107,7 +107,6 @@ class ClassicSource(EngineSource):
         self._nodes: Mapping[str, NodeView] = {}
         # Since when nodes are not seen whose containers are still known.
         self._unseen: dict[str, float] = {}
-        self._signalled: dict[str, int] = {}
         self._shared: dict[str, bool] = {}
         self._first_list: float | None = None
 
@@ -248,18 +247,15 @@ class ClassicSource(EngineSource):
         super()._killed(identity, number, heard_at)
         if identity in self._containers and number not in STOP_SIGNALS:
             # It may be the container's own stop signal; no list tells, so it is asked.
-            self._signalled[identity] = number
+            self._signalled.setdefault(identity, set()).add(number)
             self._want(heard_at)
             self._wanted.add(identity)
 
     def _put(self, identity: str, seen: Container | None) -> None:
-        number = self._signalled.pop(identity, 0)
+        # Its stop signal is all that was asked for; the rest is as the list tells it.
         known = self._containers.get(identity)
-        if seen is None or known is None:
-            return
-        self._containers[identity] = replace(known, stop_signal=seen.stop_signal)
-        if number and number == seen.stop_signal:
-            self._draining.setdefault(identity, self._clock())
+        if seen is not None and known is not None:
+            super()._put(identity, replace(known, stop_signal=seen.stop_signal))
 
     def _look_at(self, identity: str, heard_at: float) -> None:
         """Have everything listed: to the manager that is no more than to look at one."""

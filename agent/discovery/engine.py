@@ -168,6 +168,8 @@ class EngineSource:
         self._backoff = Backoff()
         self._containers: dict[str, Container] = {}
         self._draining: dict[str, float] = {}
+        # Signals of which it is not known yet whether they ask a container to stop.
+        self._signalled: dict[str, set[int]] = {}
         self._node = self._node_address = ""
         # By name, and kept: while OpenResty restarts, its networks are still where it will be.
         self._proxy_networks: dict[str, tuple[str, ...]] = {}
@@ -400,6 +402,10 @@ class EngineSource:
                     found[identity] = self._containers[identity]
 
     def _put(self, identity: str, seen: Container | None) -> None:
+        """Take in what was seen of a container, and what its signals meant."""
+        signals = self._signalled.pop(identity, set())
+        if seen is not None and seen.stop_signal in signals:
+            self._draining.setdefault(identity, self._clock())
         if seen is None:
             self._containers.pop(identity, None)
         else:
@@ -425,6 +431,7 @@ class EngineSource:
             self._touched[identity] = self._tick
             self._containers.pop(identity, None)
             self._draining.pop(identity, None)
+            self._signalled.pop(identity, None)
             self._wanted.discard(identity)
         elif action == "kill":
             self._killed(identity, signal_number(str(attributes.get("signal", ""))), heard_at)
@@ -438,6 +445,9 @@ class EngineSource:
         known = self._containers.get(identity)
         if number in STOP_SIGNALS or (known is not None and number == known.stop_signal):
             self._draining.setdefault(identity, self._clock())
+        elif known is None:
+            # It has started just now, and which signal it wants is being asked.
+            self._signalled.setdefault(identity, set()).add(number)
 
     def _look_at(self, identity: str, heard_at: float) -> None:
         """Have a container inspected."""

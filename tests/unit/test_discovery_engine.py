@@ -186,11 +186,12 @@ class TestEvents:
         self, rig: Rig, running: Following
     ) -> None:
         rig.raw("web-1")["Config"]["StopSignal"] = "SIGUSR1"
-        rig.say("web-1", "update")
+        rig.say("web-1", "die")
+        rig.say("web-1", "start")
         rig.say("web-1", "kill", signal="1")
         rig.say("web-1", "rename")
-        running.until(lambda: rig.source.status.events == 3)
-        assert running.states("web-1") == ["up"]
+        running.until(lambda: rig.source.status.events == 4)
+        running.until(lambda: running.states("web-1") == ["up"])
         rig.say("web-1", "kill", signal="10")
         running.until(lambda: running.states("web-1") == ["draining"])
 
@@ -360,9 +361,13 @@ class TestSlowAnswers:
         running.until(lambda: running.states("checked-1") == ["up"])
         assert all(named(s, "web-1") is None for s in running.snapshots[since:])
 
+    @pytest.mark.parametrize("signal", ["15", "10"])
     @pytest.mark.parametrize("hanging", ["inspection", "list"])
-    def test_one_that_is_signalled_while_it_is_first_asked_for_drains(self, hanging: str) -> None:
+    def test_one_that_is_signalled_while_it_is_first_asked_for_drains(
+        self, hanging: str, signal: str
+    ) -> None:
         rig = Rig(resync_interval=0.1 if hanging == "list" else 60.0)
+        rig.raw("web-1")["Config"]["StopSignal"] = "SIGUSR1"
         with following(rig.source) as running:
             line, listed = rig.summary("web-1"), rig.engine.answers["/containers/json"]
             listed.remove(line)
@@ -382,7 +387,7 @@ class TestSlowAnswers:
             if hanging == "list":
                 assert asked.wait(10)
             rig.say("web-1", "start")
-            rig.say("web-1", "kill", signal="15")
+            rig.say("web-1", "kill", signal=signal)
             running.until(lambda: rig.source.status.events == 3)
             since = len(running.snapshots)
             # What is listed now was so before it started.
