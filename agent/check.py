@@ -17,7 +17,8 @@ from agent.config.settings import Settings
 from agent.config.stores import BUILT_IN, Loaded
 from agent.controller import SiteRenderer
 from agent.discovery import build_sources
-from agent.discovery.docker_api import DockerEngine, read
+from agent.discovery.classic_nodes import is_classic, nodes_of
+from agent.discovery.docker_api import Connector, read
 from agent.discovery.swarm_watch import opener
 from agent.driver.openresty import Token, connector
 from agent.driver.parts import AdminClient
@@ -152,7 +153,7 @@ def _engine(settings: Settings) -> Iterator[Finding]:
     if set(settings.sources) <= {"static"}:
         return
     try:
-        engine = DockerEngine(settings)
+        engine = Connector(settings)()
     except DiscoveryError as error:
         yield Finding(
             Level.FAILED,
@@ -165,11 +166,37 @@ def _engine(settings: Settings) -> Iterator[Finding]:
     with closing(engine):
         yield _ok("engine", f"version {engine.version}, API {engine.api_version}")
         try:
-            info = read(engine, "/info").get("Swarm") or {}
+            info = read(engine, "/info")
         except DiscoveryError as error:
             yield Finding(Level.FAILED, "engine", str(error), "Look into the engine's log.")
             return
-        yield from _swarm(settings, engine, info)
+        if is_classic(info):
+            yield from _classic(settings, info)
+        else:
+            yield from _swarm(settings, engine, info.get("Swarm") or {})
+
+
+def _classic(settings: Settings, info: dict[str, Any]) -> Iterator[Finding]:
+    if not {"auto", "classic"} & set(settings.sources):
+        yield Finding(
+            Level.FAILED,
+            "swarm",
+            "the engine is a classic Swarm's manager, and Sources does not name it",
+            'Set Sources = ["auto"], or ["classic"].',
+        )
+        return
+    nodes = nodes_of(info)
+    lost = sorted(name for name, node in nodes.items() if not node.healthy)
+    if lost or not nodes:
+        yield Finding(
+            Level.WARNING,
+            "swarm",
+            f"a classic Swarm's manager of {len(nodes)} nodes; not healthy: "
+            f"{', '.join(lost) or 'none'}",
+            "Look into the manager's log; what runs on those nodes takes no traffic.",
+        )
+    else:
+        yield _ok("swarm", f"a classic Swarm's manager of {len(nodes)} nodes, all healthy")
 
 
 def _swarm(settings: Settings, engine: EngineLike, info: dict[str, Any]) -> Iterator[Finding]:

@@ -161,11 +161,13 @@ def examine(
     proxy_networks: tuple[str, ...] | None,
     settings: Settings,
     before: Examined | None = None,
+    proxies: tuple[str, ...] = (),
 ) -> Examined:
     """Read the labels of a workload and find its instances.
 
     Args:
         proxy_networks: networks that the OpenResty instances of its source are on, if known.
+        proxies: names of those instances, for hints.
         before: what came out last time; parts of it are used again where they still hold.
     """
     reading = _reading(workload, before)
@@ -173,7 +175,13 @@ def examine(
     rejections = list(reading.rejections)
     for index, declaration in enumerate(reading.routes):
         verdict = _route(
-            workload, index, declaration, proxy_networks, settings, _reach_of(before, index)
+            workload,
+            index,
+            declaration,
+            proxy_networks,
+            settings,
+            proxies=proxies,
+            before=_reach_of(before, index),
         )
         if isinstance(verdict, Rejection):
             rejections.append(verdict)
@@ -219,12 +227,14 @@ def _route(
     declaration: RouteDeclaration,
     proxy_networks: tuple[str, ...] | None,
     settings: Settings,
+    *,
+    proxies: tuple[str, ...],
     before: Reach | None,
 ) -> tuple[Route, tuple[Rejection, ...]] | Rejection:
     tls = _tls(workload, declaration, settings.extension)
     if isinstance(tls, Rejection):
         return tls
-    reach = find_reach(workload, declaration, proxy_networks, before)
+    reach = find_reach(workload, declaration, proxy_networks, proxies=proxies, before=before)
     if isinstance(reach, Rejection):
         return reach
     claim = Claim(
@@ -294,6 +304,8 @@ def find_reach(
     workload: Workload,
     declaration: RouteDeclaration,
     proxy_networks: tuple[str, ...] | None,
+    *,
+    proxies: tuple[str, ...] = (),
     before: Reach | None = None,
 ) -> Reach | Rejection:
     """Decide over which network and port the instances of a workload are reached.
@@ -313,7 +325,7 @@ def find_reach(
     network: tuple[str, str] | Rejection | None
     doubt: Rejection | None = None
     if declaration.network:
-        network = _named_network(workload, declaration.network, proxy_networks)
+        network = _named_network(workload, declaration.network, proxy_networks, proxies)
     elif workload.host_ports_only:
         network = None
     elif workload.kind is WorkloadKind.CONTAINER:
@@ -360,7 +372,10 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _named_network(
-    workload: Workload, label: str, proxy_networks: tuple[str, ...] | None
+    workload: Workload,
+    label: str,
+    proxy_networks: tuple[str, ...] | None,
+    proxies: tuple[str, ...],
 ) -> tuple[str, str] | Rejection:
     """The network of the label: its exact name, else with the stack's name in front."""
     prefixed = f"{workload.stack}_{label}" if workload.stack else label
@@ -385,11 +400,20 @@ def _named_network(
             Reason.NETWORK_NOT_SHARED,
             f"interlock.network={label}, but OpenResty is not attached to {name}; OpenResty is "
             f"attached to: {_listed(proxy_networks)}.",
-            "Attach OpenResty too: "
-            + _attach(workload, name, "OPENRESTY")
-            + " (with its name for OPENRESTY), or name another network in interlock.network.",
+            _attach_openresty(workload, name, proxies),
         )
     return name, "interlock.network"
+
+
+def _attach_openresty(workload: Workload, network: str, proxies: tuple[str, ...]) -> str:
+    """How OpenResty gets onto a network, by the names of its containers where they are known."""
+    commands = "; ".join(_attach(workload, network, proxy) for proxy in proxies or ("OPENRESTY",))
+    naming = "" if proxies else " (with its name for OPENRESTY)"
+    setting = " or set AttachNetworks = true," if workload.kind is WorkloadKind.CONTAINER else ""
+    return (
+        f"Attach OpenResty too: {commands}{naming},{setting} or name another network in "
+        "interlock.network."
+    )
 
 
 def _attach(workload: Workload, network: str, target: str) -> str:
@@ -468,7 +492,8 @@ def _container_network(
     """A network that a container shares with a discovered proxy; None: go by published ports."""
     shared = tuple(name for name in workload.networks if name in (proxy_networks or ()))
     # On the default bridge by habit, on another by intent.
-    own = tuple(name for name in shared if name not in ("host", "none"))
+    # Told as `node/name`, a network is on one node only, and other proxies do not reach it.
+    own = tuple(name for name in shared if name not in ("host", "none") and "/" not in name)
     candidates = tuple(name for name in own if name != "bridge") or own
     if len(candidates) > 1:
         return _ambiguous(workload, candidates, proxy_networks)
@@ -608,7 +633,7 @@ def _published_place(instance: Instance, reach: Reach, settings: Settings) -> tu
     if instance.node_address:
         return _checked(instance.node_address, offer.published)
     if not settings.docker_url or settings.docker_url.startswith("unix:"):
-        return _checked("127.0.0.1", offer.published)
+        return _checked("::1" if offer.host == "::" else "127.0.0.1", offer.published)
     return "the address of its node is not known (BackendOverrideAddress can give it)"
 
 
@@ -776,6 +801,7 @@ class _Source:
     """What the compiler remembers of a source."""
 
     proxy_networks: tuple[str, ...] | None
+    proxies: tuple[str, ...]
     workloads: Mapping[WorkloadKey, Workload]
     examined: dict[WorkloadKey, Examined]
 
@@ -848,8 +874,10 @@ class Compiler:
     ) -> None:
         source = self._sources.get(name)
         if source is None:
-            source = self._sources[name] = _Source(seen.proxy_networks, {}, {})
+            source = self._sources[name] = _Source(seen.proxy_networks, (), {}, {})
         afresh = afresh or source.proxy_networks != seen.proxy_networks
+        proxies = proxy_containers(seen)
+        afresh = afresh or source.proxies != proxies
         self._note_rejections(("source", name), seen.rejections)
         if source.workloads is seen.workloads and not afresh:
             return
@@ -859,11 +887,12 @@ class Compiler:
             self._forget(name, key)
         for key in seen.workloads if afresh else changed:
             before = examined.get(key)
-            after = examine(seen.workloads[key], seen.proxy_networks, settings, before)
+            after = examine(seen.workloads[key], seen.proxy_networks, settings, before, proxies)
             examined[key] = after
             self._compare(before, after)
         source.workloads = seen.workloads
         source.proxy_networks = seen.proxy_networks
+        source.proxies = proxies
 
     def _forget(self, source: str, key: WorkloadKey) -> None:
         before = self._sources[source].examined.pop(key)
@@ -1129,6 +1158,14 @@ class Compiler:
             return old
         self._desired = Desired(membership, site, rejections)
         return self._desired
+
+
+def proxy_containers(seen: SourceSnapshot) -> tuple[str, ...]:
+    """Names of the OpenResty containers of a source of containers; tasks come and go unnamed."""
+    first = next(iter(seen.workloads.values()), None)
+    if first is None or first.kind is not WorkloadKind.CONTAINER:
+        return ()
+    return tuple(sorted(proxy.name for proxy in seen.proxies))
 
 
 def _differences(

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from agent.compile import Examined, Route, Way, examine, place_of
+from agent.compile import Examined, Route, Way, examine, place_of, proxy_containers
 from agent.config.settings import Settings
 from agent.labels import Reason, subject_of
 from agent.model import (
@@ -203,7 +203,9 @@ class _Teller:
         return self._snapshot.sources[workload.key.source]
 
     def _examined(self, workload: Workload) -> Examined:
-        return examine(workload, self._source(workload).proxy_networks, self._settings)
+        source = self._source(workload)
+        proxies = proxy_containers(source)
+        return examine(workload, source.proxy_networks, self._settings, proxies=proxies)
 
     def known_names(self) -> set[str]:
         """Every name that could have been meant."""

@@ -55,7 +55,8 @@ class Attachment:
 class PublishedPort:
     """A TCP port of an instance that is reachable at its node.
 
-    `host` is the address it is bound to, empty where that is every address of the node.
+    `host` is the address it is bound to, empty where that is every address of the node, `::` where
+    it is every IPv6 address alone.
     """
 
     target: int
@@ -164,7 +165,8 @@ class SourceSnapshot:
     """All that one source saw, complete: a source never publishes a partial list.
 
     Attributes:
-        source: name of the source, unique among the configured ones ("swarm", "engine", "static").
+        source: name of the source, unique among the configured ones ("swarm", "engine",
+            "classic", "static").
         proxies: OpenResty instances seen by this source.
         proxy_networks: networks that the OpenResty service is attached to; None where this source
             does not know of one, and then nothing can be concluded from a missing network.

@@ -164,13 +164,17 @@ class Settings(_Table):
         "info", description="least severe level that is logged, to stderr"
     )
     docker_url: str = Field(
-        "", description="engine API; empty takes DOCKER_HOST, then the local socket"
+        "",
+        description="engine API, several managers with commas between them; empty takes "
+        "DOCKER_HOST, then the local socket",
     )
-    tls_ca_cert: str = Field("", description="CA of the engine API")
+    tls_ca_cert: str = Field(
+        "", description="CA of the engine API; without TLS files those of DOCKER_CERT_PATH"
+    )
     tls_cert: str = Field("", description="client certificate for the engine API")
     tls_key: str = Field("", description="key of TLSCert")
     allow_insecure: bool = Field(False, description="do not verify the engine's certificate")
-    sources: tuple[Literal["auto", "swarm", "engine", "static"], ...] = Field(
+    sources: tuple[Literal["auto", "swarm", "engine", "classic", "static"], ...] = Field(
         ("auto",),
         description="where workloads come from; auto: what the engine is, and StaticFile if set",
     )
@@ -181,11 +185,20 @@ class Settings(_Table):
     watch_socket: str = Field(
         "/var/run/docker/swarm/control.sock", description="SwarmKit's socket on a manager"
     )
-    poll_interval: Seconds = Field(0.5, description="how often tasks are listed without the watch")
+    poll_interval: Seconds = Field(
+        0.5,
+        description="how often tasks are listed without the watch; where it is set, containers "
+        "are listed as often too, beside the events",
+    )
     resync_interval: Seconds = Field(
         60.0, description="how often everything is listed anew, whatever the stream said"
     )
     request_timeout: Seconds = Field(10.0, description="longest wait for an answer of the engine")
+    attach_networks: bool = Field(
+        False,
+        description="attach proxy containers to the networks that `interlock.network` labels of "
+        "containers name, the only call that changes anything at the engine",
+    )
     hold_timeout: Seconds = Field(
         15.0,
         description="how long a request may wait for a peer while a replacement is on its way",
@@ -204,6 +217,11 @@ class Settings(_Table):
     )
     extensions: tuple[Extension, ...] = ()
     openresty: OpenResty = Field(OpenResty(), alias="OpenResty")
+
+    @property
+    def polls(self) -> float:
+        """Seconds between polls of containers beside the events; 0, unless PollInterval is set."""
+        return self.poll_interval if "poll_interval" in self.model_fields_set else 0.0
 
     @property
     def extension(self) -> Extension:

@@ -1,31 +1,40 @@
 """The engine's REST API as discovery sees it: a few GET calls and the event stream.
 
-The one place that knows the `docker` library and its exceptions. It never writes: `GET` is all it
-can do, `CALLS` is all it asks for. Answers are handed on as bytes, so that a poll can tell an
-unchanged answer without reading it.
+The one place that knows the `docker` library and its exceptions. `GET` of the paths in `CALLS` is
+all that is asked for; the one call that changes anything, `WRITES`, is made only when
+AttachNetworks is on. Answers are handed on as bytes, so that a poll can tell an unchanged answer
+without reading it.
 """
 
 from __future__ import annotations
 
+import codecs
+import http.client
 import json
 import os
 import re
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import requests
 import urllib3
 from docker import APIClient
 from docker.errors import DockerException
 from docker.tls import TLSConfig
-from docker.utils import kwargs_from_env
 
 from agent.config.settings import Settings
 from agent.errors import DiscoveryError, DockerRefused, DockerUnavailable
 
 DEFAULT_URL = "unix:///var/run/docker.sock"
+
+OLDEST_API = (1, 24)
+NEWEST_API = (1, 52)
+"""What is read has this form in all versions from the one to the other."""
 
 CALLS = (
     "/version",
@@ -40,7 +49,13 @@ CALLS = (
     "/containers/{id}/json",
     "/events",
 )
-"""Every path that is ever asked for, always with GET; what a filtering socket proxy must let by."""
+"""Every path that is ever asked for with GET; what a filtering socket proxy must let by."""
+
+WRITES = ("/networks/{id}/connect",)
+"""Every path that is ever posted to, with AttachNetworks only."""
+
+_LONGEST_EVENT = 1 << 20
+_KEEPALIVE = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
 
 Filters = Mapping[str, Sequence[str]]
 
@@ -80,7 +95,10 @@ class Engine(Protocol):
         """The whole body of an answer; half of one is an error."""
 
     def events(self, filters: Filters) -> EventStream:
-        """The event stream, from now on."""
+        """The event stream, from now on; without filters everything."""
+
+    def connect_network(self, network: str, container: str) -> None:
+        """Attach a container to a network; well also if it is attached already."""
 
     def close(self) -> None:
         """Let go of the connections."""
@@ -111,29 +129,99 @@ def parse(body: bytes, path: str) -> Any:
         raise DockerUnavailable(f"the engine's answer to {path} is not JSON: {error}") from error
 
 
+def addresses(settings: Settings) -> tuple[str, ...]:
+    """Where the engine may be reached, first to be tried first.
+
+    DockerURL, else DOCKER_HOST, either with commas between several; else the local socket.
+    """
+    text = settings.docker_url or os.environ.get("DOCKER_HOST", "")
+    return tuple(filter(None, (part.strip() for part in text.split(",")))) or (DEFAULT_URL,)
+
+
+class Connector:
+    """Connects to the first address that answers, and keeps to it until it fails.
+
+    Several managers of one cluster are one engine with several addresses: where one stops
+    answering, the next one is tried.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._urls = addresses(settings)
+        self._first = 0
+
+    def __call__(self) -> DockerEngine:
+        """Connect.
+
+        Raises:
+            DockerUnavailable: no address answers.
+            DockerRefused: the only address answered with an error.
+            DiscoveryError: the URL or the TLS files cannot be used.
+        """
+        errors: list[DiscoveryError] = []
+        count, first = len(self._urls), self._first
+        for index in (at % count for at in range(first, first + count)):
+            try:
+                engine = DockerEngine(
+                    self._settings, url=self._urls[index], failed=partial(self._leave, index)
+                )
+            except DiscoveryError as error:
+                errors.append(error)
+                continue
+            self._first = index
+            return engine
+        if len(errors) == 1:
+            raise errors[0]
+        raise DockerUnavailable("; ".join(str(error) for error in errors))
+
+    def _leave(self, index: int) -> None:
+        """The next connection is first tried elsewhere."""
+        self._first = (index + 1) % len(self._urls)
+
+
 class DockerEngine:
     """An engine behind the `docker` library; made anew after each failure.
 
     A new one opens the socket by its path again, which is what finds a restarted dockerd.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        url: str = "",
+        failed: Callable[[], None] = lambda: None,
+    ) -> None:
         """Connect, and settle on an API version.
+
+        Args:
+            url: which of the `addresses`; the first one by default.
+            failed: is told when a call fails for a reason that another address may not have.
 
         Raises:
             DockerUnavailable: no answer.
             DockerRefused: the engine answered with an error.
             DiscoveryError: the URL or the TLS files cannot be used.
         """
-        self._timeout = settings.request_timeout
-        arguments = _arguments(settings)
-        self.url = str(arguments.get("base_url") or DEFAULT_URL)
+        # The stubs know of whole seconds only; the library hands the number on as it is.
+        timeout: Any = settings.request_timeout
+        self._timeout = timeout
+        self._failed = failed
+        self.url = url or addresses(settings)[0]
         with _mapped(self.url):
-            # The stubs know of whole seconds only; the library hands the number on as it is.
-            timeout: Any = self._timeout
-            self._client = APIClient(version="auto", timeout=timeout, **arguments)
-        self.api_version = str(self._client.api_version)
-        self.version = str(read(self, "/version").get("Version", ""))
+            self._client = APIClient(
+                base_url=self.url,
+                version=_written(OLDEST_API),
+                timeout=timeout,
+                tls=_tls(settings, self.url) or False,
+            )
+        # What a proxy or a CA bundle of the environment says is not meant for the engine.
+        self._client.trust_env = False
+        self._prefix = ""
+        facts = read(self, "/version")
+        self.version = str(facts.get("Version", ""))
+        self.api_version = _written(_agreed(self.url, facts))
+        self._prefix = f"/v{self.api_version}"
 
     @property
     def host(self) -> str:
@@ -147,66 +235,197 @@ class DockerEngine:
         """The whole body of an answer."""
         query = dict(params or {})
         if filters:
-            query["filters"] = json.dumps({key: list(value) for key, value in filters.items()})
-        with _mapped(self.url):
-            response = self._client.get(
-                f"{self._client.base_url}/v{self.api_version}{path}",
-                params=query,
-                timeout=self._timeout,
-            )
-            body: bytes = response.content
-        if response.status_code != requests.codes.ok:
-            raise DockerRefused(
-                f"the engine at {self.url} refuses GET {path}: {_message(body)}",
-                status=response.status_code,
-            )
-        return body
+            query["filters"] = _filters(filters)
+        with self._watched():
+            response = self._client.get(self._at(path), params=query, timeout=self._timeout)
+            return self._checked(response, f"GET {path}")
 
     def events(self, filters: Filters) -> EventStream:
         """The event stream, from now on."""
-        with _mapped(self.url):
-            # Lists, no tuples: the library takes anything else for one single value.
-            lists = {key: list(value) for key, value in filters.items()}
-            return _Events(self._client.events(decode=True, filters=lists), self.url)
+        with self._watched():
+            response = self._client.get(
+                self._at("/events"),
+                params={"filters": _filters(filters)} if filters else {},
+                headers={"Accept-Encoding": "identity"},
+                stream=True,
+                timeout=self._timeout,
+            )
+            if response.status_code != requests.codes.ok:
+                self._checked(response, "GET /events")
+            return _Events(response, self.url)
+
+    def connect_network(self, network: str, container: str) -> None:
+        """Attach a container to a network."""
+        path = f"/networks/{quote(network, safe='')}/connect"
+        try:
+            with self._watched():
+                response = self._client.post(
+                    self._at(path), json={"Container": container}, timeout=self._timeout
+                )
+                self._checked(response, f"POST {path}")
+        except DockerRefused as error:
+            if "already exists in network" not in str(error):
+                raise
 
     def close(self) -> None:
         """Let go of the connections."""
         self._client.close()
 
+    def _at(self, path: str) -> str:
+        return f"{self._client.base_url}{self._prefix}{path}"
+
+    def _checked(self, response: requests.Response, call: str) -> bytes:
+        """The body of a good answer."""
+        body: bytes = response.content
+        if response.status_code != requests.codes.ok:
+            raise DockerRefused(
+                f"the engine at {self.url} refuses {call}: {_message(body)}",
+                status=response.status_code,
+            )
+        return body
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Map errors, and tell of those that another address may not have."""
+        try:
+            with _mapped(self.url):
+                yield
+        except DockerUnavailable:
+            self._failed()
+            raise
+        except DockerRefused as error:
+            if error.status >= requests.codes.server_error:
+                self._failed()
+            raise
+
 
 class _Events:
-    """The library's stream, with our errors."""
+    """A stream of JSON objects, with or without anything between them.
 
-    def __init__(self, stream: Any, url: str) -> None:
-        self._stream = stream
+    An engine ends each with a newline, a classic Swarm's manager puts nothing between them, and
+    either may send them in pieces.
+    """
+
+    def __init__(self, response: requests.Response, url: str) -> None:
+        self._response = response
         self._url = url
+        self._closed = False
+        # The library has no public way to either.
+        body: Any = response.raw._fp
+        self._body = body
+        self._socket: socket.socket = body.fp.raw._sock
+        # Silence is no failure; a peer that is gone without a word is told by the kernel.
+        self._socket.settimeout(None)
+        if self._socket.family in (socket.AF_INET, socket.AF_INET6):
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in _KEEPALIVE:
+                self._socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        with _mapped(self._url):
-            yield from self._stream
+        try:
+            with _mapped(self._url):
+                yield from _objects(self._chunks(), self._url)
+        except DockerUnavailable:
+            if not self._closed:
+                raise
+
+    def _chunks(self) -> Iterator[bytes]:
+        try:
+            while chunk := self._body.read1(65536):
+                yield chunk
+        except http.client.HTTPException as error:
+            raise DockerUnavailable(f"the event stream of {self._url} broke off") from error
 
     def close(self) -> None:
-        # The library shuts the socket down; it may be gone already, which is as good.
-        try:
-            self._stream.close()
-        except (OSError, AttributeError, DockerException):
-            return
+        # Below TLS, whose state belongs to the thread that reads. It may be gone, which is as good.
+        self._closed = True
+        with suppress(OSError):
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
 
-def _arguments(settings: Settings) -> dict[str, Any]:
-    """What the library's client is made with: settings first, then Docker's environment."""
-    with _mapped(settings.docker_url or os.environ.get("DOCKER_HOST", DEFAULT_URL)):
-        if not settings.docker_url:
-            return dict(kwargs_from_env())
-        arguments: dict[str, Any] = {"base_url": settings.docker_url}
-        if settings.tls_ca_cert or settings.tls_cert or settings.allow_insecure:
-            pair = (settings.tls_cert, settings.tls_key) if settings.tls_cert else None
-            arguments["tls"] = TLSConfig(
-                client_cert=pair,
-                ca_cert=settings.tls_ca_cert or None,
-                verify=not settings.allow_insecure,
-            )
-        return arguments
+def _objects(chunks: Iterator[bytes], url: str) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a stream, each as soon as it is whole.
+
+    Raises:
+        DockerUnavailable: what came is none, or the stream ended within one.
+    """
+    decoder, text = json.JSONDecoder(), ""
+    characters = codecs.getincrementaldecoder("utf-8")("replace")
+    for chunk in chunks:
+        text = (text + characters.decode(chunk)).lstrip()
+        while text:
+            try:
+                event, end = decoder.raw_decode(text)
+            except ValueError:
+                event, end = None, 0
+            if end and isinstance(event, dict):
+                yield event
+                text = text[end:].lstrip()
+            elif end or not text.startswith("{") or len(text) > _LONGEST_EVENT:
+                raise DockerUnavailable(
+                    f"the engine at {url} sent something odd for an event: {text[:60]!r}"
+                )
+            else:
+                break
+    if text:
+        raise DockerUnavailable(f"the event stream of {url} was cut in the middle of an event")
+
+
+def _agreed(url: str, facts: Mapping[str, Any]) -> tuple[int, ...]:
+    """The newest API version that both sides know.
+
+    Raises:
+        DiscoveryError: the engine is too old.
+    """
+    spoken = _version(facts.get("ApiVersion")) or OLDEST_API
+    if spoken < OLDEST_API:
+        raise DiscoveryError(
+            f"the engine at {url} speaks API {_written(spoken)}, and {_written(OLDEST_API)} is the "
+            "oldest that can be used; update it"
+        )
+    # An engine that has dropped all that is known here is asked in the oldest it still has.
+    return max(min(spoken, NEWEST_API), _version(facts.get("MinAPIVersion")))
+
+
+def _version(text: object) -> tuple[int, ...]:
+    found = re.fullmatch(r"(\d+)\.(\d+)", str(text))
+    return tuple(int(part) for part in found.groups()) if found else ()
+
+
+def _written(version: tuple[int, ...]) -> str:
+    return ".".join(str(part) for part in version)
+
+
+def _filters(filters: Filters) -> str:
+    return json.dumps({key: list(value) for key, value in filters.items()})
+
+
+def _tls(settings: Settings, url: str) -> TLSConfig | None:
+    """How TLS is spoken with the engine, if it is: the settings' files, else Docker's environment.
+
+    Who gave files or asks for https is never answered in the clear, and the server is verified
+    unless AllowInsecure says otherwise: with the CA given, else with those of the system.
+    """
+    scheme = urlsplit(url).scheme
+    if scheme not in ("tcp", "http", "https"):
+        return None
+    ca, cert, key = settings.tls_ca_cert, settings.tls_cert, settings.tls_key
+    asked = bool(ca or cert or key)
+    directory = os.environ.get("DOCKER_CERT_PATH", "")
+    if not asked and (directory or os.environ.get("DOCKER_TLS_VERIFY")):
+        asked = True
+        files = (Path(directory or "~/.docker").expanduser() / f"{n}.pem" for n in _DOCKERS_FILES)
+        ca, cert, key = (str(file) if file.exists() else "" for file in files)
+    if not asked and scheme != "https":
+        return None
+    return TLSConfig(
+        client_cert=(cert, key) if cert or key else None,
+        ca_cert=ca or None,
+        verify=not settings.allow_insecure,
+    )
+
+
+_DOCKERS_FILES = ("ca", "cert", "key")
 
 
 @contextmanager

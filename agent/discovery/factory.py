@@ -16,7 +16,9 @@ from agent.discovery.base import (
     Source,
     SourceStatus,
 )
-from agent.discovery.docker_api import Connect, DockerEngine, read
+from agent.discovery.classic import ClassicSource
+from agent.discovery.classic_nodes import is_classic
+from agent.discovery.docker_api import Connect, Connector, read
 from agent.discovery.engine import EngineSource
 from agent.discovery.static import StaticSource
 from agent.discovery.swarm import SwarmSource, require_manager
@@ -39,7 +41,7 @@ def build_sources(
         SettingsError: "static" without StaticFile.
     """
     observer = observer or NullObserver()
-    connect = connect or (lambda: DockerEngine(settings))
+    connect = connect or Connector(settings)
     wanted = dict.fromkeys(settings.sources)
     if "static" in wanted and not settings.static_file:
         raise SettingsError("Sources: static needs StaticFile, which is empty")
@@ -47,6 +49,7 @@ def build_sources(
         # What the engine is, and so what "auto" is, cannot be asked for twice.
         wanted.pop("swarm", None)
         wanted.pop("engine", None)
+        wanted.pop("classic", None)
         if settings.static_file:
             wanted.setdefault("static")
     sources: list[Source] = []
@@ -59,6 +62,8 @@ def build_sources(
             case "engine":
                 both = "swarm" in wanted
                 sources.append(_engine(observer, connect, settings, skip_tasks=both))
+            case "classic":
+                sources.append(_classic(observer, connect, settings))
             case "static":
                 sources.append(StaticSource(settings.static_file, observer=observer))
     return sources
@@ -79,8 +84,12 @@ def _engine(
     return EngineSource(settings, observer=observer, connect=connect, skip_tasks=skip_tasks)
 
 
+def _classic(observer: Observer, connect: Connect, settings: Settings) -> ClassicSource:
+    return ClassicSource(settings, observer=observer, connect=connect)
+
+
 class AutoSource:
-    """What the engine is: a Swarm's manager or a plain engine. Asked once it answers."""
+    """What the engine is: a Swarm's manager, a classic one's, or a plain engine. Asked once."""
 
     def __init__(self, settings: Settings, *, observer: Observer, connect: Connect) -> None:
         self._settings = settings
@@ -122,9 +131,12 @@ class AutoSource:
     def _resolve(self) -> Source:
         if self._resolved is None:
             with closing(self._connect()) as engine:
-                node = read(engine, "/info").get("Swarm") or {}
-                if node.get("LocalNodeState", "inactive") == "inactive":
-                    resolved: Source = _engine(self._observer, self._connect, self._settings)
+                info = read(engine, "/info")
+                node = info.get("Swarm") or {}
+                if is_classic(info):
+                    resolved: Source = _classic(self._observer, self._connect, self._settings)
+                elif node.get("LocalNodeState", "inactive") == "inactive":
+                    resolved = _engine(self._observer, self._connect, self._settings)
                 else:
                     require_manager(engine)
                     resolved = _swarm(self._settings, self._observer, self._connect)

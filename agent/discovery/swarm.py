@@ -27,6 +27,7 @@ from agent.discovery.base import (
     Reporter,
     SourceStatus,
 )
+from agent.discovery.classic_nodes import is_classic
 from agent.discovery.cluster import Change, Cluster, Listing, Network, Task, TaskState
 from agent.discovery.docker_api import Connect, Engine, EventStream, read
 from agent.discovery.swarm_rest import LIVE, list_all, tasks_of
@@ -50,6 +51,9 @@ PATIENCE = 15.0
 A manager that has just started answers from a store that it is still filling. A cluster that was
 restored from a backup is really older, and believed after this.
 """
+
+POLL_INTERVAL = 0.5
+"""Seconds between polls where PollInterval is empty, as it is in Interlock's own sample."""
 
 DOUBT_INTERVAL = 2.0
 """Seconds between lists while they are in doubt."""
@@ -319,7 +323,9 @@ class SwarmSource:
                 if watch is not None:
                     return watch
                 self._report.mode("poll", self._watch_reason)
-                self._await_news(news, until=started + self._settings.poll_interval, stop=stop)
+                self._await_news(
+                    news, until=started + (self._settings.poll_interval or POLL_INTERVAL), stop=stop
+                )
         return None
 
     def _await_news(
@@ -377,7 +383,13 @@ def require_manager(engine: Engine) -> str:
     Raises:
         DiscoveryError: it is none, with the cure.
     """
-    swarm = read(engine, "/info").get("Swarm") or {}
+    info = read(engine, "/info")
+    if is_classic(info):
+        raise DiscoveryError(
+            "the engine is a classic Swarm's manager, which knows no services; set Sources to "
+            "classic, or to auto"
+        )
+    swarm = info.get("Swarm") or {}
     state = swarm.get("LocalNodeState", "inactive")
     if state == "inactive":
         raise DiscoveryError(

@@ -9,12 +9,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 
 import pytest
 
+from agent.compile import compile_snapshot
 from agent.config.settings import Settings
 from agent.discovery import Source, build_sources
-from agent.model import Instance, InstanceState, SourceSnapshot, Workload
+from agent.model import Instance, InstanceState, Snapshot, SourceSnapshot, Workload
 from tests.lab import Lab, Node, wait_for
 from tests.lab.builder import APP, docker_command
 
@@ -323,6 +325,144 @@ class TestPlainEngine:
         wait_for(lambda: engine.up(1, "checked"), 10, "healthy")
         docker("exec", "checked", "rm", "/tmp/ok")
         wait_for(lambda: engine.instances(InstanceState.WAITING, "checked"), 10, "unhealthy")
+
+    def test_published_ports_are_tcp_and_told_with_their_address(
+        self, docker: Callable[..., str], engine: Follower
+    ) -> None:
+        docker(
+            "run", "--detach", "--name=ports", "--publish=18071:8080", "--publish=18072:53/udp",
+            "--publish=127.0.0.1:18073:9000", "--publish=[::]:18074:9001", APP,
+        )  # fmt: skip
+        wait_for(lambda: engine.up(1, "ports"), 10, "it is up")
+        (instance,) = engine.instances(InstanceState.UP, "ports")
+        assert {(p.target, p.published, p.host) for p in instance.published} == {
+            (8080, 18071, ""),
+            (9000, 18073, "127.0.0.1"),
+            (9001, 18074, "::"),
+        }
+
+    def test_in_the_hosts_network_it_is_its_node_that_is_reached(
+        self, swarm: Lab, docker: Callable[..., str], engine: Follower
+    ) -> None:
+        docker("run", "--detach", "--name=hosted", "--network=host", APP)
+        wait_for(lambda: engine.up(1, "hosted"), 10, "it is up")
+        (instance,) = engine.instances(InstanceState.UP, "hosted")
+        assert instance.host_network
+        # In a swarm a node knows its address; that of any other engine is where it was reached.
+        assert instance.node_address == swarm.workers[0].address
+        assert instance.attachments == ()
+
+    def test_restart_pause_and_kill(self, docker: Callable[..., str], engine: Follower) -> None:
+        docker("run", "--detach", "--name=fragile", "--memory=32m", "--restart=always", APP)
+        wait_for(lambda: engine.up(1, "fragile"), 10, "it is up")
+        docker("pause", "fragile")
+        wait_for(lambda: engine.instances(InstanceState.WAITING, "fragile"), 10, "paused")
+        docker("unpause", "fragile")
+        wait_for(lambda: engine.up(1, "fragile"), 10, "it goes on")
+        since = len(engine.published)
+        docker("restart", "--time=1", "fragile")
+        wait_for(lambda: engine.up(1, "fragile"), 10, "restarted")
+        states = [_states(snapshot, "fragile") for _, snapshot in engine.published[since:]]
+        told = [state for state, _ in groupby(states)]
+        assert told == [["draining"], [], ["up"]], "from its signal until it was gone, and back"
+        docker("kill", "--signal=9", "fragile")
+        wait_for(lambda: engine.workload("fragile") is None, 10, "gone when it is killed")
+        docker("start", "fragile")
+        wait_for(lambda: engine.up(1, "fragile"), 10, "it is back")
+
+    def test_a_container_that_the_kernel_kills_for_its_memory_is_gone_and_comes_back(
+        self, docker: Callable[..., str], engine: Follower
+    ) -> None:
+        eat = "import time; time.sleep(2); x = b'x' * 10**8; time.sleep(60)"
+        docker(
+            "run", "--detach", "--name=greedy", "--memory=24m", "--memory-swap=24m",
+            "--restart=always", "--entrypoint=python3", APP, "-c", eat,
+        )  # fmt: skip
+        wait_for(lambda: engine.up(1, "greedy"), 10, "it is up")
+        since = len(engine.published)
+        wait_for(
+            lambda: any(not _states(s, "greedy") for _, s in engine.published[since:]),
+            30,
+            "gone with the process",
+        )
+        wait_for(lambda: engine.up(1, "greedy"), 30, "back with the next one")
+        state = docker("inspect", "--format={{.RestartCount}} {{.State.OOMKilled}}", "greedy")
+        assert int(state.split()[0]) >= 1
+        docker("rm", "--force", "greedy")
+        wait_for(lambda: engine.workload("greedy") is None, 10, "removed")
+
+    def test_networks_of_a_compose_project_come_and_go(
+        self, docker: Callable[..., str], engine: Follower
+    ) -> None:
+        for network in ("shop_net", "shop_other"):
+            docker("network", "create", network)
+        try:
+            docker(
+                "run", "--detach", "--name=shop-web-1", "--network=shop_net",
+                "--label=com.docker.compose.project=shop", "--label=interlock.hostname=shop",
+                "--label=interlock.network=net", "--label=interlock.port=8080", APP,
+            )  # fmt: skip
+            wait_for(lambda: engine.up(1, "shop-web-1"), 10, "it is up")
+            (instance,) = engine.instances(InstanceState.UP, "shop-web-1")
+            (attachment,) = instance.attachments
+            desired = compile_snapshot(
+                Snapshot({"engine": engine.published[-1][1]}), Settings(docker_url="unix:///x")
+            )
+            (peer,) = desired.membership.upstreams["shop.local/"].peers
+            assert (peer.address, peer.port) == (attachment.address, 8080)
+            docker("network", "connect", "shop_other", "shop-web-1")
+            wait_for(lambda: _networks(engine) == ("shop_net", "shop_other"), 10, "attached")
+            docker("network", "disconnect", "shop_net", "shop-web-1")
+            wait_for(lambda: _networks(engine) == ("shop_other",), 10, "detached")
+        finally:
+            docker("rm", "--force", "shop-web-1")
+            docker("network", "rm", "shop_net", "shop_other")
+
+    def test_attach_networks_attaches_proxies_and_only_when_it_is_on(
+        self, swarm: Lab, docker: Callable[..., str], engine: Follower
+    ) -> None:
+        docker("network", "create", "attached")
+        try:
+            docker("run", "--detach", "--name=proxy", "--label=interlock.ext.name=nginx", APP)
+            docker(
+                "run", "--detach", "--name=behind", "--network=attached",
+                "--label=interlock.hostname=behind", "--label=interlock.network=attached",
+                "--label=interlock.port=8080", APP,
+            )  # fmt: skip
+            wait_for(lambda: engine.up(1, "behind"), 10, "it is up")
+            time.sleep(1)
+            snapshot = engine.published[-1][1]
+            assert snapshot.proxy_networks == ("bridge",)
+            desired = compile_snapshot(Snapshot({"engine": snapshot}), Settings())
+            assert "docker network connect attached proxy" in desired.rejections[0].hint
+            options = settings(swarm.workers[0], sources=("engine",), attach_networks=True)
+            with following(options) as attaching:
+                wait_for(
+                    lambda: attaching.published[-1][1].proxy_networks == ("attached", "bridge"),
+                    10,
+                    "the proxy is attached",
+                )
+                after = attaching.published[-1][1]
+                desired = compile_snapshot(Snapshot({"engine": after}), options)
+                assert not desired.rejections
+                assert desired.membership.upstreams["behind.local/"].peers
+        finally:
+            docker("rm", "--force", "proxy", "behind")
+            docker("network", "rm", "attached")
+
+
+def _states(snapshot: SourceSnapshot, name: str) -> list[str]:
+    return [
+        str(instance.state)
+        for workload in snapshot.workloads.values()
+        if workload.name == name
+        for instance in workload.instances
+    ]
+
+
+def _networks(follower: Follower, name: str = "shop-web-1") -> tuple[str, ...]:
+    workload = follower.workload(name)
+    return workload.networks if workload else ()
 
 
 def _ids(follower: Follower) -> set[str]:

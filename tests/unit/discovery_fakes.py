@@ -79,6 +79,8 @@ class FakeEngine:
         self.event_filters: list[Filters] = []
         self.connections = 0
         self.down: DiscoveryError | None = None
+        self.deaf: DiscoveryError | None = None
+        self.attached: list[tuple[str, str]] = []
 
     def connect(self) -> FakeEngine:
         if self.down:
@@ -103,7 +105,14 @@ class FakeEngine:
             answer = [task for task in answer if _matches(task, filters)]
         return json.dumps(answer).encode()
 
+    def connect_network(self, network: str, container: str) -> None:
+        self.attached.append((network, container))
+        if error := self.failing.get(f"/networks/{network}/connect"):
+            raise error
+
     def events(self, filters: Filters) -> FakeEvents:
+        if self.deaf:
+            raise self.deaf
         self.calls.append("/events")
         self.event_filters.append(filters)
         self.streams.append(FakeEvents())

@@ -14,6 +14,7 @@ from agent.driver.openresty import Status
 from agent.driver.targets import Target
 from agent.errors import InstanceUnauthorized, InstanceUnreachable, WatchUnavailable
 from agent.model import Rejection
+from tests.unit.discovery_fakes import recorded
 
 
 class FakeEngine:
@@ -96,6 +97,24 @@ def test_an_engine_in_no_swarm_is_well_unless_swarm_was_asked_for():
     (finding,) = swarm(NONE, sources=("swarm",))
     assert finding.level is Level.FAILED
     assert "docker swarm init" in finding.cure
+
+
+def test_a_classic_swarms_manager_is_well_where_it_is_a_source():
+    info = recorded("classic-swarm/info")
+    (finding,) = checks._classic(Settings(), info)
+    assert (finding.level, finding.text) == (
+        Level.OK,
+        "a classic Swarm's manager of 2 nodes, all healthy",
+    )
+    (finding,) = checks._classic(Settings(sources=("swarm",)), info)
+    assert finding.level is Level.FAILED
+    assert '["classic"]' in finding.cure
+
+
+def test_a_classic_swarms_lost_node_is_a_warning():
+    (finding,) = checks._classic(Settings(), recorded("classic-swarm/info-engine-down"))
+    assert finding.level is Level.WARNING
+    assert "not healthy: node2" in finding.text
 
 
 class FakeInstance:

@@ -215,6 +215,10 @@ def test_a_container_without_shared_network_is_reached_by_its_published_port():
     assert peers(compiled(web, options=override, proxy_networks=None), "a.local/") == [
         ("c1", "192.0.2.9", 32768)
     ]
+    named = container(labels(hostname="a", port="80"), task)
+    assert peers(compiled(named, options=override, proxy_networks=None), "a.local/") == [
+        ("c1", "192.0.2.9", 32768)
+    ], "Interlock lost the override where interlock.port was given"
 
 
 @pytest.mark.parametrize(
@@ -225,6 +229,8 @@ def test_a_container_without_shared_network_is_reached_by_its_published_port():
         ("::", "192.0.2.8", "192.0.2.8"),
         ("", "192.0.2.8", "192.0.2.8"),
         ("2001:db8::7", "", "2001:db8::7"),
+        ("", "", "127.0.0.1"),
+        ("::", "", "::1"),
     ],
 )
 def test_where_a_published_port_is_reached(bound, node, address):

@@ -6,20 +6,22 @@ import json
 import re
 import socket
 import socketserver
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
 from agent.config.settings import Settings
-from agent.discovery import build_sources
-from agent.discovery.docker_api import CALLS, DockerEngine, read
+from agent.discovery import build_sources, docker_api
+from agent.discovery.docker_api import CALLS, Connector, DockerEngine, addresses, read
 from agent.errors import DiscoveryError, DockerRefused, DockerUnavailable
 from tests.unit.discovery_fakes import following, recorded, swarm_engine
+from tests.unit.test_driver_tls import authority, certificate
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -32,6 +34,7 @@ class Dockerd:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.requests: list[str] = []
+        self.version = VERSION
         self.answers: dict[str, Callable[[Any], None]] = {}
         self.server: socketserver.ThreadingUnixStreamServer | None = None
         self.start()
@@ -57,7 +60,7 @@ class Dockerd:
                 path = re.sub(r"^/v[\d.]+|\?.*", "", self.path)
                 answer = dockerd.answers.get(path)
                 if path == "/version":
-                    say(VERSION)(self)
+                    say(dockerd.version)(self)
                 elif answer:
                     answer(self)
                 else:
@@ -65,7 +68,11 @@ class Dockerd:
 
             do_POST = do_PUT = do_DELETE = do_HEAD = do_GET  # noqa: N815
 
-        self.server = socketserver.ThreadingUnixStreamServer(str(self.path), Handler)
+        class Server(socketserver.ThreadingUnixStreamServer):
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                return
+
+        self.server = Server(str(self.path), Handler)
         self.server.daemon_threads = True
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -272,4 +279,191 @@ def test_dockers_environment_counts_where_the_settings_are_silent(
     monkeypatch.setenv("DOCKER_HOST", f"unix://{dockerd.path}")
     engine = DockerEngine(Settings())
     assert engine.version == "29.0.1"
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("told", "spoken"),
+    [
+        ({"ApiVersion": "1.24"}, "1.24"),
+        ({"ApiVersion": "1.41", "MinAPIVersion": "1.12"}, "1.41"),
+        ({"ApiVersion": "1.52", "MinAPIVersion": "1.44"}, "1.52"),
+        ({"ApiVersion": "1.70", "MinAPIVersion": "1.44"}, "1.52"),
+        ({"ApiVersion": "1.70", "MinAPIVersion": "1.60"}, "1.60"),
+    ],
+)
+def test_the_newest_version_that_both_know_is_spoken(
+    dockerd: Dockerd, told: dict[str, str], spoken: str
+) -> None:
+    dockerd.version = told
+    dockerd.answers["/info"] = say({})
+    engine = DockerEngine(dockerd.settings)
+    engine.get("/info")
+    assert dockerd.requests[-1] == f"GET /v{spoken}/info"
+    engine.close()
+
+
+def test_an_engine_that_is_too_old_is_told(dockerd: Dockerd) -> None:
+    dockerd.version = {"ApiVersion": "1.22"}
+    with pytest.raises(DiscoveryError, match=r"speaks API 1\.22, and 1\.24 is the oldest"):
+        DockerEngine(dockerd.settings)
+
+
+class TestAddresses:
+    def test_settings_come_first_then_the_environment_then_the_socket(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("DOCKER_HOST", raising=False)
+        assert addresses(Settings()) == ("unix:///var/run/docker.sock",)
+        monkeypatch.setenv("DOCKER_HOST", "tcp://a:1,tcp://b:1")
+        assert addresses(Settings()) == ("tcp://a:1", "tcp://b:1")
+        assert addresses(Settings(docker_url="tcp://c:1, tcp://d:1,")) == ("tcp://c:1", "tcp://d:1")
+
+    def test_the_next_is_tried_when_one_fails_and_then_kept(
+        self, dockerd: Dockerd, tmp_path: Path
+    ) -> None:
+        (tmp_path / "other").mkdir()
+        other = Dockerd(tmp_path / "other" / "docker.sock")
+        try:
+            urls = f"unix:///nonexistent,unix://{dockerd.path},unix://{other.path}"
+            connect = Connector(Settings(docker_url=urls, request_timeout=0.5))
+            assert connect().url == connect().url == f"unix://{dockerd.path}"
+            dockerd.answers["/info"] = say({"message": "No elected primary"}, status=500)
+            with pytest.raises(DockerRefused):
+                connect().get("/info")
+            assert connect().url == f"unix://{other.path}"
+        finally:
+            other.stop()
+
+    def test_where_none_answers_all_are_told(self, tmp_path: Path) -> None:
+        with pytest.raises(DockerUnavailable, match=r"unix:///a cannot.*; .*unix:///b cannot"):
+            Connector(Settings(docker_url="unix:///a,unix:///b"))()
+
+
+@pytest.fixture(name="files", scope="module")
+def _files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("engine-certs")
+    authority(directory, "ca")
+    authority(directory, "other")
+    certificate(directory, "server", ca="ca", names="IP:127.0.0.1")
+    certificate(directory, "cert", ca="ca", names="DNS:agent")
+    (directory / "key.pem").write_bytes((directory / "cert.key").read_bytes())
+    return directory
+
+
+class TestTls:
+    @pytest.fixture(name="url")
+    def _url(self, files: Path) -> Iterator[str]:
+        """An engine that wants to see a client's certificate."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(files / "server.pem", files / "server.key")
+        context.load_verify_locations(files / "ca.pem")
+        context.verify_mode = ssl.CERT_REQUIRED
+
+        class Handler(BaseHTTPRequestHandler):
+            do_GET = say(VERSION)  # noqa: N815
+
+            def log_message(self, *arguments: Any) -> None:
+                return
+
+        class Server(ThreadingHTTPServer):
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                return
+
+        server = Server(("127.0.0.1", 0), Handler)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"tcp://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        server.server_close()
+
+    @pytest.fixture(autouse=True)
+    def _environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("DOCKER_HOST", "DOCKER_CERT_PATH", "DOCKER_TLS_VERIFY"):
+            monkeypatch.delenv(name, raising=False)
+
+    def settings(self, files: Path, url: str, **more: Any) -> Settings:
+        pair = {"tls_cert": f"{files}/cert.pem", "tls_key": f"{files}/key.pem"}
+        return Settings(**({"docker_url": url, "request_timeout": 5.0} | pair | more))
+
+    def test_with_the_ca_the_server_is_verified(self, files: Path, url: str) -> None:
+        good = self.settings(files, url, tls_ca_cert=f"{files}/ca.pem")
+        assert DockerEngine(good).version == "29.0.1"
+        wrong = self.settings(files, url, tls_ca_cert=f"{files}/other.pem")
+        with pytest.raises(DockerUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
+            DockerEngine(wrong)
+
+    def test_without_a_ca_the_systems_count(self, files: Path, url: str) -> None:
+        with pytest.raises(DockerUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
+            DockerEngine(self.settings(files, url))
+
+    @pytest.mark.filterwarnings("ignore::urllib3.exceptions.InsecureRequestWarning")
+    def test_allow_insecure_verifies_nothing(self, files: Path, url: str) -> None:
+        wrong = {"tls_ca_cert": f"{files}/other.pem", "allow_insecure": True}
+        assert DockerEngine(self.settings(files, url, **wrong)).version == "29.0.1"
+
+    @pytest.mark.parametrize("verify", ["", "1"])
+    def test_dockers_environment_gives_the_files_and_they_are_used_to_verify(
+        self, files: Path, url: str, verify: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("DOCKER_HOST", url)
+        monkeypatch.setenv("DOCKER_CERT_PATH", str(files))
+        monkeypatch.setenv("DOCKER_TLS_VERIFY", verify)
+        assert DockerEngine(Settings()).version == "29.0.1"
+        ca = (files / "ca.pem").read_bytes()
+        try:
+            (files / "ca.pem").write_bytes((files / "other.pem").read_bytes())
+            with pytest.raises(DockerUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
+                DockerEngine(Settings())
+        finally:
+            (files / "ca.pem").write_bytes(ca)
+
+    def test_the_environments_ca_bundle_is_not_the_engines(
+        self, files: Path, url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", f"{files}/other.pem")
+        good = self.settings(files, url, tls_ca_cert=f"{files}/ca.pem")
+        assert DockerEngine(good).version == "29.0.1"
+
+    def test_allow_insecure_alone_asks_for_no_tls(self, files: Path, url: str) -> None:
+        plain = Settings(docker_url=url, allow_insecure=True, request_timeout=5.0)
+        with pytest.raises(DockerUnavailable):
+            DockerEngine(plain)
+        assert DockerEngine(self.settings(files, url, tls_ca_cert=f"{files}/ca.pem"))
+
+
+@pytest.mark.parametrize("between", ["", "\n", "\r\n  "])
+def test_objects_come_out_whole_whatever_lies_between_them(between: str) -> None:
+    events = [{"n": 1, "name": "h\u00e9\u2514"}, {"n": 2, "in": {"a": "}{"}}]
+    raw = between.join(json.dumps(e, ensure_ascii=False) for e in events).encode()
+    for size in (1, 2, 3, 7, 1000):
+        chunks = (raw[at : at + size] for at in range(0, len(raw), size))
+        assert list(docker_api._objects(chunks, "there")) == events
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b'{"n": 1', "cut in the middle"),
+        (b"<html>", "something odd"),
+        (b"17 ", "something odd"),
+        (b'{"n": "' + b"x" * (1 << 20), "something odd"),
+    ],
+)
+def test_what_is_no_object_ends_the_stream(raw: bytes, message: str) -> None:
+    with pytest.raises(DockerUnavailable, match=message):
+        list(docker_api._objects(iter([raw]), "there"))
+
+
+def test_the_one_call_that_writes(dockerd: Dockerd) -> None:
+    dockerd.answers["/networks/shop_net/connect"] = say({})
+    dockerd.answers["/networks/had/connect"] = say(
+        {"message": "endpoint with name web already exists in network had"}, status=403
+    )
+    engine = DockerEngine(dockerd.settings)
+    engine.connect_network("shop_net", "abc")
+    assert dockerd.requests[-1] == "POST /v1.52/networks/shop_net/connect"
+    engine.connect_network("had", "abc")
+    with pytest.raises(DockerRefused, match="POST /networks/none/connect: page not found"):
+        engine.connect_network("none", "abc")
     engine.close()

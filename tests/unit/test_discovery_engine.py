@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from agent.compile import compile_snapshot
 from agent.config.settings import Settings
 from agent.discovery import engine as engine_module
 from agent.discovery.engine import EngineSource, signal_number
 from agent.errors import DockerRefused, DockerUnavailable
-from agent.model import Attachment, Instance, InstanceState, PublishedPort, WorkloadKind
+from agent.model import (
+    Attachment,
+    Instance,
+    InstanceState,
+    PublishedPort,
+    Snapshot,
+    WorkloadKind,
+)
 from tests.unit.discovery_fakes import (
     FakeEngine,
     Following,
@@ -177,11 +186,12 @@ class TestEvents:
         self, rig: Rig, running: Following
     ) -> None:
         rig.raw("web-1")["Config"]["StopSignal"] = "SIGUSR1"
-        rig.say("web-1", "update")
+        rig.say("web-1", "die")
+        rig.say("web-1", "start")
         rig.say("web-1", "kill", signal="1")
         rig.say("web-1", "rename")
-        running.until(lambda: rig.source.status.events == 3)
-        assert running.states("web-1") == ["up"]
+        running.until(lambda: rig.source.status.events == 4)
+        running.until(lambda: running.states("web-1") == ["up"])
         rig.say("web-1", "kill", signal="10")
         running.until(lambda: running.states("web-1") == ["draining"])
 
@@ -287,6 +297,232 @@ class TestListing:
             rig.say("web-1", "kill", signal="15")
             follower.until(lambda: follower.states("web-1") == ["draining"])
             follower.until(lambda: follower.states("web-1") == ["up"])
+
+
+class TestSlowAnswers:
+    def test_an_inspection_that_hangs_delays_no_other_event(
+        self, rig: Rig, running: Following
+    ) -> None:
+        slow, gate = f"/containers/{rig.ids['checked-1']}/json", threading.Event()
+        rig.engine.before = lambda path: gate.wait(10) if path == slow else None
+        try:
+            rig.raw("checked-1")["State"]["Health"]["Status"] = "healthy"
+            rig.say("checked-1", "health_status: healthy")
+            rig.say("web-1", "kill", signal="15")
+            running.until(lambda: running.states("web-1") == ["draining"])
+            rig.say("web-1", "die")
+            running.until(lambda: running.workload("web-1") is None)
+            assert running.states("checked-1") == ["waiting"]
+        finally:
+            gate.set()
+        running.until(lambda: running.states("checked-1") == ["up"])
+
+    def test_a_list_that_is_older_than_an_event_does_not_undo_it(self) -> None:
+        rig, gate = Rig(resync_interval=0.05), threading.Event()
+        with following(rig.source) as follower:
+            follower.until(lambda: follower.snapshots)
+            listing = threading.Event()
+
+            def hang(path: str) -> None:
+                if path == "/containers/json" and not gate.is_set():
+                    listing.set()
+                    gate.wait(10)
+
+            rig.engine.before = hang
+            assert listing.wait(10)
+            since = len(follower.snapshots)
+            rig.say("web-1", "die")
+            follower.until(lambda: follower.workload("web-1") is None)
+            del rig.engine.answers[f"/containers/{rig.ids['web-1']}/json"]
+            syncs = len(rig.heard.syncs)
+            gate.set()
+            follower.until(lambda: len(rig.heard.syncs) > syncs + 1)
+            assert all(named(s, "web-1") is None for s in follower.snapshots[since:])
+
+    def test_an_inspection_that_is_older_than_its_end_does_not_undo_it(
+        self, rig: Rig, running: Following
+    ) -> None:
+        gate, asked = threading.Event(), threading.Event()
+
+        def hang(path: str) -> None:
+            if rig.ids["web-1"] in path:
+                asked.set()
+                gate.wait(10)
+
+        rig.engine.before = hang
+        rig.say("web-1", "update")
+        assert asked.wait(10)
+        rig.say("web-1", "die")
+        running.until(lambda: running.workload("web-1") is None)
+        since = len(running.snapshots)
+        gate.set()
+        rig.raw("checked-1")["State"]["Health"]["Status"] = "healthy"
+        rig.say("checked-1", "health_status: healthy")
+        running.until(lambda: running.states("checked-1") == ["up"])
+        assert all(named(s, "web-1") is None for s in running.snapshots[since:])
+
+    @pytest.mark.parametrize("signal", ["15", "10"])
+    @pytest.mark.parametrize("hanging", ["inspection", "list"])
+    def test_one_that_is_signalled_while_it_is_first_asked_for_drains(
+        self, hanging: str, signal: str
+    ) -> None:
+        rig = Rig(resync_interval=0.1 if hanging == "list" else 60.0)
+        rig.raw("web-1")["Config"]["StopSignal"] = "SIGUSR1"
+        with following(rig.source) as running:
+            line, listed = rig.summary("web-1"), rig.engine.answers["/containers/json"]
+            listed.remove(line)
+            rig.say("web-1", "die")
+            running.until(lambda: running.workload("web-1") is None)
+            path = f"/containers/{rig.ids['web-1']}/json"
+            gate, asked = threading.Event(), threading.Event()
+
+            def hang(called: str) -> None:
+                if called == (path if hanging == "inspection" else "/containers/json"):
+                    if asked.is_set() and line not in listed:
+                        listed.append(line)
+                    asked.set()
+                    gate.wait(10)
+
+            rig.engine.before = hang
+            if hanging == "list":
+                assert asked.wait(10)
+            rig.say("web-1", "start")
+            rig.say("web-1", "kill", signal=signal)
+            running.until(lambda: rig.source.status.events == 3)
+            since = len(running.snapshots)
+            # What is listed now was so before it started.
+            gate.set()
+            running.until(lambda: running.states("web-1") == ["draining"])
+            assert all(
+                [str(i.state) for i in workload.instances] == ["draining"]
+                for snapshot in running.snapshots[since:]
+                if (workload := named(snapshot, "web-1"))
+            )
+
+
+class TestPolling:
+    def test_set_explicitly_it_lists_that_often_beside_the_events(self) -> None:
+        rig = Rig(poll_interval=0.02)
+        with following(rig.source) as follower:
+            follower.until(lambda: follower.snapshots)
+            assert rig.source.status.mode == "events"
+            rig.summary("web-1")["Names"] = ["/renamed"]
+            rig.raw("web-1")["Name"] = "/renamed"
+            follower.until(lambda: follower.workload("renamed"))
+            rig.say("web-1", "kill", signal="15")
+            follower.until(lambda: follower.states("renamed") == ["draining"])
+
+    @pytest.mark.parametrize("interval", [None, 0.0])
+    def test_otherwise_the_events_tell_all(self, interval: float | None) -> None:
+        rig = Rig() if interval is None else Rig(poll_interval=interval)
+        with following(rig.source) as follower:
+            follower.until(lambda: follower.snapshots)
+            rig.say("web-1", "update")
+            follower.until(lambda: rig.source.status.events == 1)
+        assert len(rig.heard.syncs) == 1
+
+    def test_without_events_it_goes_on_polling_and_says_why(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(engine_module, "DEAF_FIRST", 0.05)
+        rig = Rig(poll_interval=0.02)
+        rig.engine.deaf = DockerRefused("GET /events: forbidden", status=403)
+        with following(rig.source) as follower:
+            follower.until(lambda: follower.snapshots)
+            status = rig.source.status
+            assert (status.mode, status.mode_reason) == ("poll", "GET /events: forbidden")
+            assert status.connected
+            rig.engine.answers["/containers/json"].remove(rig.summary("web-1"))
+            follower.until(lambda: follower.workload("web-1") is None)
+            rig.engine.deaf = None
+            follower.until(lambda: rig.source.status.mode == "events")
+            assert rig.engine.connections == 1
+
+    def test_a_cut_stream_is_no_failure_where_it_polls(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(engine_module, "DEAF_FIRST", 0.05)
+        rig = Rig(poll_interval=0.02)
+        with following(rig.source) as follower:
+            follower.until(lambda: follower.snapshots)
+            for number in (1, 2, 3):
+                follower.until(lambda number=number: len(rig.engine.streams) == number)
+                rig.engine.say(None)
+            follower.until(lambda: len(rig.engine.streams) == 4)
+            assert rig.engine.connections == 1
+            assert rig.source.status.last_error == ""
+
+
+class TestAttaching:
+    def rig(self, **settings: Any) -> Rig:
+        """web-1 names its network; checked-1 is a proxy that is not on it."""
+        rig = Rig(**settings)
+        rig.raw("web-1")["Config"]["Labels"]["interlock.network"] = "n1"
+        rig.raw("checked-1")["Config"]["Labels"]["interlock.ext.name"] = "nginx"
+        return rig
+
+    def test_by_default_nothing_is_ever_attached_and_the_hint_names_the_command(self) -> None:
+        rig = self.rig()
+        del rig.raw("proxy-1")["Config"]["Labels"]["interlock.ext.name"]
+        with following(rig.source) as follower:
+            snapshot = follower.until(lambda: follower.snapshots)
+        assert rig.engine.attached == []
+        desired = compile_snapshot(Snapshot({"engine": snapshot}), Settings())
+        (rejection,) = desired.rejections
+        assert rejection.reason == "network_not_shared"
+        assert "docker network connect n1 checked-1" in rejection.hint
+        assert "AttachNetworks = true" in rejection.hint
+
+    def test_switched_on_proxies_are_attached_but_not_those_in_the_hosts_network(self) -> None:
+        rig = self.rig(attach_networks=True)
+
+        def attach(path: str) -> None:
+            if rig.engine.attached:
+                networks = rig.raw("checked-1")["NetworkSettings"]["Networks"]
+                networks["n1"] = {"IPAddress": "198.18.131.9"}
+
+        rig.engine.before = attach
+        with following(rig.source) as follower:
+            follower.until(lambda: follower.snapshots)
+            follower.until(lambda: "n1" in (follower.last.proxy_networks or ()))
+            for _ in range(3):
+                rig.say("web-1", "update")
+            follower.until(lambda: rig.source.status.events == 3)
+        assert rig.engine.attached == [("n1", rig.ids["checked-1"])]
+
+    def test_what_is_refused_is_a_rejection_with_the_command_and_not_tried_all_the_time(
+        self,
+    ) -> None:
+        rig = self.rig(attach_networks=True, resync_interval=0.02)
+        rig.engine.failing["/networks/n1/connect"] = DockerRefused("forbidden", status=403)
+        with following(rig.source) as follower:
+            snapshot = follower.until(lambda: follower.snapshots and follower.last.rejections)
+            (rejection,) = snapshot.rejections
+            assert rejection.reason == "attach_refused"
+            assert rejection.hint.endswith("docker network connect n1 checked-1")
+            follower.until(lambda: len(rig.heard.syncs) > 5)
+        assert len(rig.engine.attached) == 1
+
+    def test_compose_projects_name_their_networks_with_the_project(self) -> None:
+        rig = self.rig(attach_networks=True)
+        networks = rig.raw("web-1")["NetworkSettings"]["Networks"]
+        networks["shop_n2"] = networks.pop("n1")
+        rig.raw("web-1")["Config"]["Labels"]["interlock.network"] = "n2"
+        with following(rig.source) as follower:
+            follower.until(lambda: rig.engine.attached)
+        assert rig.engine.attached[0] == ("shop_n2", rig.ids["checked-1"])
+
+
+def test_a_port_on_every_ipv6_address_alone_is_told_as_such(rig: Rig) -> None:
+    rig.raw("web-1")["NetworkSettings"]["Ports"] = {
+        "8080/tcp": [{"HostIp": "::", "HostPort": "18081"}],
+        "9000/tcp": [{"HostIp": "::", "HostPort": "2"}, {"HostIp": "0.0.0.0", "HostPort": "2"}],
+        "53/udp": [{"HostIp": "0.0.0.0", "HostPort": "3"}],
+    }
+    assert only(named(rig.source.read_once(), "web-1")).published == (
+        PublishedPort(8080, 18081, "::"),
+        PublishedPort(9000, 2),
+    )
 
 
 @pytest.mark.parametrize(
