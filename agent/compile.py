@@ -237,7 +237,8 @@ def _tls(
     workload: Workload, declaration: RouteDeclaration, extension: Extension
 ) -> Tls | Rejection | None:
     """Certificate and key of a route; None where it does not speak TLS."""
-    if not declaration.tls:
+    asked = declaration.tls or (declaration.tls is None and extension.tls_everywhere)
+    if not asked:
         return None
     if extension.ssl_port == 0:
         return _reject(
