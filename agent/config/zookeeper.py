@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from kazoo.client import KazooClient
-from kazoo.exceptions import KazooException, NoNodeError
+from kazoo.exceptions import KazooException, NoAuthError, NoNodeError
 from kazoo.handlers.threading import KazooTimeoutError
 
 from agent.config.kv import ANSWER_TIMEOUT, LONGEST_WAIT, Address
@@ -48,6 +48,10 @@ class ZooKeeperStore:
                 return Content("")
             except UnicodeDecodeError as error:
                 raise SettingsError(f"{self.where}: not UTF-8 text: {error}") from error
+            except NoAuthError as error:
+                raise StoreUnavailable(
+                    f"ZooKeeper refuses {self._path} to this account; give USER:PASSWORD@ in the URL"
+                ) from error
             except (KazooException, KazooTimeoutError, OSError) as error:
                 self._drop()
                 reason = str(error) or type(error).__name__

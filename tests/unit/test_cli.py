@@ -73,8 +73,8 @@ def test_settings_that_cannot_be_used_are_told_line_by_line_with_exit_code_2(com
     result = tidegate(*command, "-c", path)
     assert result.exit_code == USAGE
     first, second = result.stderr.strip().splitlines()
-    assert first.startswith(f"tidegate: {path}: ListenAddr: got 5")
-    assert second.startswith(f"tidegate: {path}: PollInterval: got 'soon'")
+    assert first.startswith(f"tidegate: {path}: line 1: ListenAddr: got 5")
+    assert second.startswith(f"tidegate: {path}: line 2: PollInterval: got 'soon'")
 
 
 def test_a_missing_settings_file_is_named(tmp_path):
@@ -91,7 +91,7 @@ def test_without_settings_the_defaults_are_in_force_and_that_is_said():
 def test_the_environment_beats_the_option(monkeypatch, tmp_path):
     monkeypatch.setenv("INTERLOCK_CONFIG", "ListenAddr = 5")
     result = tidegate("run", "-c", tmp_path / "none.toml")
-    assert "environment variable INTERLOCK_CONFIG: ListenAddr" in result.stderr
+    assert "environment variable INTERLOCK_CONFIG: line 1: ListenAddr" in result.stderr
 
 
 def test_run_on_a_port_that_is_taken_says_so(config):
