@@ -116,7 +116,7 @@ def _settings(loaded: Loaded, *, strict: bool) -> Iterator[Finding]:
             "Give a file with -c, the text in TIDEGATE_CONFIG or INTERLOCK_CONFIG, or a "
             "key-value store with -k.",
         )
-    else:
+    elif loaded.text.strip():
         yield _ok("settings", f"read from {loaded.where}")
     for place in loaded.passed_over:
         yield Finding(
