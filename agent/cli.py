@@ -187,7 +187,7 @@ def _run(config: _Given, *, debug: bool) -> None:
     # Blocked here and thus in every thread, taken out one by one below: no code ever runs in a
     # signal handler, so none can meet a lock that is held.
     signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     # A thread that renders must not keep the one that pushes waiting for Python's usual 5 ms.
     sys.setswitchinterval(0.0005)
     _set_up_logging("info", debug=debug)
@@ -199,7 +199,11 @@ def _run(config: _Given, *, debug: bool) -> None:
         path=config.path,
         told=lambda settings: _set_up_logging(settings.log_level, debug=debug),
     )
-    runner.start()
+    try:
+        runner.start()
+    except SettingsError:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+        raise
     while (caught := signal.sigwait(signals)) == signal.SIGHUP:
         runner.reread()
     log.info("%s: ending", signal.Signals(caught).name)

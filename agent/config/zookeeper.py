@@ -50,7 +50,8 @@ class ZooKeeperStore:
                 raise SettingsError(f"{self.where}: not UTF-8 text: {error}") from error
             except NoAuthError as error:
                 raise StoreUnavailable(
-                    f"ZooKeeper refuses {self._path} to this account; give USER:PASSWORD@ in the URL"
+                    f"ZooKeeper refuses {self._path} to this account; is USER:PASSWORD@ in the "
+                    "URL right?"
                 ) from error
             except (KazooException, KazooTimeoutError, OSError) as error:
                 self._drop()
