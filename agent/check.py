@@ -29,6 +29,7 @@ from agent.errors import (
     InstanceUnauthorized,
     RenderError,
     SettingsError,
+    StoreUnavailable,
     WatchCompacted,
     WatchUnavailable,
 )
@@ -93,23 +94,47 @@ def check(
     yield from _refusals(refusals, unknown)
 
 
+def no_store(error: StoreUnavailable) -> Iterator[Finding]:
+    """The one finding there can be when the store with the settings does not answer."""
+    yield Finding(
+        Level.FAILED,
+        "settings",
+        str(error),
+        "Is the URL of -k right, and the store up? An agent that runs goes on with what it has; "
+        "one that starts waits.",
+    )
+
+
 def _ok(subject: str, text: str) -> Finding:
     return Finding(Level.OK, subject, text)
 
 
 def _settings(loaded: Loaded, *, strict: bool) -> Iterator[Finding]:
     for warning in loaded.warnings:
-        level = Level.FAILED if strict else Level.WARNING
-        yield Finding(level, "settings", warning, "Mend the spelling, or remove the key.")
+        if warning.unknown:
+            level = Level.FAILED if strict else Level.WARNING
+            yield Finding(level, "settings", str(warning), "Mend the spelling, or remove the key.")
+        else:
+            yield Finding(
+                Level.WARNING, "settings", str(warning), "docs/migration.md has every key."
+            )
     if loaded.where == BUILT_IN:
         yield Finding(
             Level.WARNING,
             "settings",
             "none given, the built-in defaults are in force",
-            "Give a file with -c, or the text in TIDEGATE_CONFIG or INTERLOCK_CONFIG.",
+            "Give a file with -c, the text in TIDEGATE_CONFIG or INTERLOCK_CONFIG, or a "
+            "key-value store with -k.",
         )
-    else:
+    elif loaded.text.strip():
         yield _ok("settings", f"read from {loaded.where}")
+    for place in loaded.passed_over:
+        yield Finding(
+            Level.WARNING,
+            "settings",
+            f"{loaded.where} beats {place}, which is not read",
+            "A key-value store comes before the environment, and that before a file: give one.",
+        )
     try:
         parse_listen(loaded.settings.listen_addr)
     except SettingsError as error:

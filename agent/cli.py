@@ -7,6 +7,7 @@ never a traceback.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import signal
@@ -14,18 +15,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from agent.errors import DiscoveryError, RenderError, SettingsError
+from agent.errors import DiscoveryError, RenderError, SettingsError, StoreUnavailable
 
 if TYPE_CHECKING:
     from agent.config.settings import Settings
-    from agent.config.stores import Loaded
-    from agent.controller import Controller
-    from agent.http import Pages
-    from agent.metrics import Metrics
+    from agent.config.stores import Discovery, Loaded
     from agent.model import Desired, Rejection, Snapshot
     from agent.plan import InstancePlan, Running
 
@@ -72,12 +71,65 @@ def _print_version(ctx: click.Context) -> None:
     ctx.exit()
 
 
-_config_option = click.option(
-    "-c",
-    "--config",
-    type=click.Path(dir_okay=False),
-    help="Settings file (TOML). TIDEGATE_CONFIG or INTERLOCK_CONFIG, if set, hold the text "
-    "themselves and win.",
+F = TypeVar("F", bound=Callable[..., object])
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """Where the command line says that the settings are."""
+
+    path: str | None
+    discovery: Discovery | None
+
+
+def _config_option(command: F) -> F:
+    """Add the options that say where the settings are; they arrive as one, `config`."""
+
+    @functools.wraps(command)
+    def gathered(
+        *arguments: Any,
+        config: str | None,
+        discovery: str | None,
+        discovery_tls_ca_cert: str,
+        discovery_tls_cert: str,
+        discovery_tls_key: str,
+        **options: Any,
+    ) -> object:
+        from agent.config.stores import Discovery
+
+        found = (
+            Discovery(discovery, discovery_tls_ca_cert, discovery_tls_cert, discovery_tls_key)
+            if discovery
+            else None
+        )
+        return command(*arguments, config=_Given(config, found), **options)
+
+    decorated: Any = gathered
+    for option in reversed(_CONFIG_OPTIONS):
+        decorated = option(decorated)
+    return cast("F", decorated)
+
+
+_CONFIG_OPTIONS = (
+    click.option(
+        "-c",
+        "--config",
+        type=click.Path(dir_okay=False),
+        help="Settings file (TOML). TIDEGATE_CONFIG or INTERLOCK_CONFIG, if set, hold the text "
+        "themselves and win.",
+    ),
+    click.option(
+        "-k",
+        "--discovery",
+        metavar="URL",
+        help="Key-value store with the settings, which beats both: etcd://, consul:// or zk://, "
+        "then [USER:PASSWORD@]HOST[:PORT][,HOST[:PORT]...][/KEY]. KEY is interlock/v1/config.",
+    ),
+    click.option("--discovery-tls-ca-cert", metavar="FILE", default="", help="CA of the store."),
+    click.option(
+        "--discovery-tls-cert", metavar="FILE", default="", help="Client certificate for it."
+    ),
+    click.option("--discovery-tls-key", metavar="FILE", default="", help="Key of that."),
 )
 _json_option = click.option("--json", "as_json", is_flag=True, help="JSON instead of text.")
 _url_option = click.option(
@@ -97,32 +149,37 @@ def _told() -> Iterator[None]:
     except RenderError as error:
         click.echo(f"tidegate: {error}", err=True)
         sys.exit(USAGE)
-    except DiscoveryError as error:
+    except (DiscoveryError, StoreUnavailable) as error:
         click.echo(f"tidegate: {error}", err=True)
         sys.exit(UNREACHABLE)
 
 
-def _load(config: str | None) -> Loaded:
-    """The settings, with a line for each unknown key, and one if there are none at all."""
+def _load(config: _Given) -> Loaded:
+    """The settings, with a line for each remark, and one if there are none at all."""
     from agent.config import stores
 
-    loaded = stores.load(config)
+    loaded = stores.load(config.path, discovery=config.discovery)
     for warning in loaded.warnings:
         click.echo(f"tidegate: warning: {warning}", err=True)
     if loaded.where == stores.BUILT_IN:
         click.echo(
-            "tidegate: no settings given (-c FILE, TIDEGATE_CONFIG or INTERLOCK_CONFIG): "
-            "the built-in defaults are in force",
+            _NO_SETTINGS,
             err=True,
         )
     return loaded
 
 
+_NO_SETTINGS = (
+    "tidegate: no settings given (-c FILE, TIDEGATE_CONFIG, INTERLOCK_CONFIG or -k URL): "
+    "the built-in defaults are in force"
+)
+
+
 @main.command()
 @_config_option
 @click.pass_obj
-def run(debug: bool, *, config: str | None) -> None:
-    """Run the agent. SIGTERM ends it cleanly, SIGHUP rereads the settings."""
+def run(debug: bool, *, config: _Given) -> None:
+    """Run the agent. It follows changes of its settings; SIGTERM ends it cleanly."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     with _told():
         try:
@@ -133,14 +190,14 @@ def run(debug: bool, *, config: str | None) -> None:
             raise
 
 
-def _run(config: str | None, *, debug: bool) -> None:
-    loaded = _load(config)
-
+def _run(config: _Given, *, debug: bool) -> None:
     from agent.config import stores
-    from agent.controller import Controller, build_fleet
-    from agent.discovery import build_sources
-    from agent.http import Listener
-    from agent.metrics import Metrics, version
+
+    choice = stores.choose(config.path, discovery=config.discovery)
+    if choice.store.where == stores.BUILT_IN:
+        click.echo(_NO_SETTINGS, err=True)
+
+    from agent.runner import Runner
 
     # Blocked here and thus in every thread, taken out one by one below: no code ever runs in a
     # signal handler, so none can meet a lock that is held.
@@ -148,63 +205,22 @@ def _run(config: str | None, *, debug: bool) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     # A thread that renders must not keep the one that pushes waiting for Python's usual 5 ms.
     sys.setswitchinterval(0.0005)
-    _set_up_logging(loaded.settings.log_level, debug=debug)
-    log.info("tidegate %s, settings from %s", version(), loaded.where)
+    _set_up_logging("info", debug=debug)
+    for place in choice.passed_over:
+        log.warning("settings are read from %s, which beats %s", choice.store.where, place)
 
-    metrics = Metrics()
-    controller = Controller(
-        settings=loaded.settings,
-        settings_from=loaded.where,
-        build_sources=build_sources,
-        fleet=build_fleet(loaded.settings, metrics),
-        metrics=metrics,
+    runner = Runner(
+        choice,
+        path=config.path,
+        told=lambda settings: _set_up_logging(settings.log_level, debug=debug),
     )
-    listener = Listener(
-        loaded.settings.listen_addr, _pages(controller, metrics, lambda: controller.settings)
-    )
-    controller.start()
-    listener.start()
-    log.info("listening on %s", loaded.settings.listen_addr)
+    runner.start()
     while (caught := signal.sigwait(signals)) == signal.SIGHUP:
-        try:
-            again = stores.load(config)
-            for warning in again.warnings:
-                log.warning("%s", warning)
-            controller.reload(again.settings, again.where)
-        except SettingsError as error:
-            metrics.settings_reload("refused")
-            for problem in error.problems:
-                log.error("settings refused, the old ones stay in force: %s", problem)
-        else:
-            metrics.settings_reload("ok")
-            _set_up_logging(again.settings.log_level, debug=debug)
+        runner.reread()
     log.info("%s: ending", signal.Signals(caught).name)
     began = time.monotonic()
-    controller.stop(STOP_LIMIT)
-    listener.stop()
+    runner.stop(STOP_LIMIT)
     log.info("ended after %.1f s", time.monotonic() - began)
-
-
-def _pages(controller: Controller, metrics: Metrics, settings: Callable[[], Settings]) -> Pages:
-    from agent.http import Page, as_json
-    from agent.metrics import CONTENT_TYPE
-
-    def metrics_page() -> Page:
-        if not settings().enable_metrics:
-            return as_json({"error": "not_found", "message": "EnableMetrics is false"}, status=404)
-        return Page(200, CONTENT_TYPE, metrics.exposition())
-
-    def ready_page() -> Page:
-        readiness = controller.readiness()
-        body = {"ready": readiness.ready, "reasons": list(readiness.reasons)}
-        return as_json(body, status=200 if readiness.ready else 503)
-
-    return {
-        "/metrics": metrics_page,
-        "/healthz": lambda: as_json({"alive": True}),
-        "/readyz": ready_page,
-        "/api/state": lambda: as_json(controller.state().as_dict()),
-    }
 
 
 def _set_up_logging(level: str, *, debug: bool) -> None:
@@ -219,6 +235,7 @@ def _set_up_logging(level: str, *, debug: bool) -> None:
     # A line per request of theirs says nothing that ours do not.
     for noisy in ("urllib3", "docker"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("kazoo").setLevel(logging.CRITICAL)
 
 
 @main.command()
@@ -228,20 +245,25 @@ def _set_up_logging(level: str, *, debug: bool) -> None:
 @click.option(
     "--strict", is_flag=True, help="A key of the settings that is not known is a failure."
 )
-def check(*, config: str | None, as_json: bool, url: str | None, strict: bool) -> None:
+def check(*, config: _Given, as_json: bool, url: str | None, strict: bool) -> None:
     """Look at settings, engine and OpenResty; say what is wrong and what cures it."""
     with _told():
         from agent import check as checks
         from agent.config import stores
 
-        loaded = stores.load(config)
+        findings: Iterator[checks.Finding]
+        try:
+            loaded = stores.load(config.path, discovery=config.discovery)
+            running = _running(loaded.settings, url)
+            findings = checks.check(
+                loaded, strict=strict, refusals=running.refusals, unknown=running.notes
+            )
+        except StoreUnavailable as error:
+            findings = checks.no_store(error)
         colours = {"ok": "green", "warning": "yellow", "failed": "red"}
         failed = False
         found = []
-        running = _running(loaded.settings, url)
-        for finding in checks.check(
-            loaded, strict=strict, refusals=running.refusals, unknown=running.notes
-        ):
+        for finding in findings:
             failed = failed or finding.level is checks.Level.FAILED
             if as_json:
                 found.append(
@@ -266,7 +288,7 @@ def check(*, config: str | None, as_json: bool, url: str | None, strict: bool) -
 @_config_option
 @_json_option
 @_url_option
-def status(*, config: str | None, as_json: bool, url: str | None) -> None:
+def status(*, config: _Given, as_json: bool, url: str | None) -> None:
     """Ask the running agent how things stand."""
     with _told():
         state = _ask_or_exit(url or _default_url(_settings(config)))
@@ -277,10 +299,10 @@ def status(*, config: str | None, as_json: bool, url: str | None) -> None:
         sys.exit(OK if state.get("ready") else NEGATIVE)
 
 
-def _settings(config: str | None) -> Settings:
+def _settings(config: _Given) -> Settings:
     from agent.config import stores
 
-    return stores.load(config).settings
+    return stores.load(config.path, discovery=config.discovery).settings
 
 
 def _default_url(settings: Settings) -> str:
@@ -355,6 +377,8 @@ def _show_state(state: dict[str, Any]) -> None:
         f"tidegate {state['version']}, settings from {state['settings_from']}", markup=False
     )
     console.print(ready, style="green" if state["ready"] else "red", markup=False)
+    if state.get("settings_problem"):
+        console.print(f"settings: {state['settings_problem']}", style="red", markup=False)
     if state["waiting_for"]:
         console.print("waiting for: " + ", ".join(state["waiting_for"]), markup=False)
     _table(
@@ -431,7 +455,7 @@ def _few(items: Sequence[str]) -> str:
 @_config_option
 @_json_option
 @_url_option
-def plan(*, config: str | None, as_json: bool, url: str | None) -> None:
+def plan(*, config: _Given, as_json: bool, url: str | None) -> None:
     """Show what would be pushed and rendered now, and whether it needs a reload. Only asks."""
     with _told():
         loaded = _load(config)
@@ -545,7 +569,7 @@ def _compiled(settings: Settings) -> tuple[Snapshot, Desired]:
 @_config_option
 @_json_option
 @_url_option
-def explain(*, name: str, config: str | None, as_json: bool, url: str | None) -> None:
+def explain(*, name: str, config: _Given, as_json: bool, url: str | None) -> None:
     """Tell each step from label to peer for NAME (a host, service, container or task)."""
     with _told():
         loaded = _load(config)
@@ -581,6 +605,14 @@ def explain(*, name: str, config: str | None, as_json: bool, url: str | None) ->
             click.echo("did you mean: " + ", ".join(answer.suggestions))
         _show_notes(running)
         sys.exit(OK if answer.routed else NEGATIVE)
+
+
+@main.command()
+def spec() -> None:
+    """Print a sample of the settings with every key, commented."""
+    from agent.config.document import sample
+
+    click.echo(sample(), nl=False)
 
 
 @main.command()

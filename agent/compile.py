@@ -264,7 +264,8 @@ def _tls(
     workload: Workload, declaration: RouteDeclaration, extension: Extension
 ) -> Tls | Rejection | None:
     """Certificate and key of a route; None where it does not speak TLS."""
-    if not declaration.tls:
+    asked = declaration.tls or (declaration.tls is None and extension.tls_everywhere)
+    if not asked:
         return None
     if extension.ssl_port == 0:
         return _reject(
@@ -731,7 +732,9 @@ def _settle(
     if decider is not None:
         tls = decider.tls
     else:
-        tls = next((slot.tls for slot in slots if slot.says_tls), None)
+        # Where nobody says anything there may still be a certificate that serves every host.
+        telling = [slot for slot in slots if slot.says_tls] or [slot for slot in slots if slot.tls]
+        tls = telling[0].tls if telling else None
     # A lingering slot may have lost the TLS that it was made for.
     settled = tuple(
         replace(slot, tls_only=False) if slot.tls_only and tls is None else slot for slot in slots

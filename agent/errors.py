@@ -5,6 +5,7 @@ that code inside never has to know a library. What may be tried again is a class
 
     TidegateError
     ├── SettingsError            the configuration cannot be used; says key path and value
+    ├── StoreUnavailable         (Retryable) the store with the configuration does not answer
     ├── DiscoveryError           a source of workloads failed
     │   ├── DockerUnavailable        (Retryable) no answer, refused, timed out
     │   ├── DockerRefused            the engine answered with an error
@@ -43,6 +44,10 @@ class SettingsError(TidegateError):
     def __init__(self, *problems: str) -> None:
         super().__init__("; ".join(problems))
         self.problems = problems
+
+
+class StoreUnavailable(TidegateError, Retryable):
+    """The store that holds the configuration cannot be read now; what is in force stays."""
 
 
 class DiscoveryError(TidegateError):

@@ -115,8 +115,12 @@ class Metrics:
         )
         self._settings_reloads = self._counter(
             "tidegate_settings_reloads_total",
-            "Rereadings of the settings (SIGHUP), by result.",
+            "Changes of the settings and rereadings by SIGHUP, by result.",
             "result",
+        )
+        self._settings_store = self._gauge(
+            "tidegate_settings_store_up",
+            "1 while the store that holds the settings can be read.",
         )
         self._loop_errors = self._counter(
             "tidegate_loop_errors_total",
@@ -181,8 +185,12 @@ class Metrics:
         self._rejections = rejections
 
     def settings_reload(self, result: str) -> None:
-        """Count a rereading of the settings: ok or refused."""
+        """Count a change of the settings, or a rereading that was asked for: ok or refused."""
         self._settings_reloads.labels(result).inc()
+
+    def settings_store(self, *, connected: bool) -> None:
+        """Note whether the store that holds the settings can be read."""
+        self._settings_store.set(connected)
 
     def loop_error(self, loop: str) -> None:
         """Count an unexpected error that a loop's guard caught."""

@@ -11,11 +11,12 @@ purpose=${1:-}
 python=${PYTHON:-python3}
 web="nginx-light libnginx-mod-http-lua lua-cjson"
 lab="docker.io docker-compose debootstrap iproute2 iptables procps util-linux"
+stores="etcd-server zookeeper"
 tools="lua-check wrk openssl curl ca-certificates"
 
 case $purpose in
     demo) packages=$web ;;
-    test) packages="$web $lab $tools" ;;
+    test) packages="$web $lab $stores $tools" ;;
     *)
         echo "usage: scripts/install-deps.sh demo|test" >&2
         exit 2
@@ -72,7 +73,7 @@ $as_root env DEBIAN_FRONTEND=noninteractive sh -eu -c '
     fi
     # Only what comes new with these packages is disabled, never a service that was there before.
     fresh=
-    for unit in nginx.service docker.service docker.socket containerd.service; do
+    for unit in nginx.service docker.service docker.socket containerd.service etcd.service; do
         [ -e /lib/systemd/system/$unit ] || [ -e /etc/systemd/system/$unit ] ||
             fresh="$fresh $unit"
     done

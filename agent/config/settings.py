@@ -2,7 +2,8 @@
 
 Keys are PascalCase and match case-insensitively, like Interlock's. Field names are the snake_case
 form; `Key` in messages is always the PascalCase one. Text comes in from `load`; where the text
-lies (file, environment) is `stores`' business. This module must not open anything.
+lies (file, environment, key-value store) is `stores`' business, and what became of each of
+Interlock's keys is said in `interlock`. This module must not open anything.
 """
 
 from __future__ import annotations
@@ -10,11 +11,21 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import tomli
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+)
 
+from agent.config import interlock
 from agent.errors import SettingsError
 
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|us|µs|h|m|s)")
@@ -36,8 +47,30 @@ def parse_duration(value: object) -> object:
     return sum(float(number) * _SECONDS[unit] for number, unit in parts)
 
 
-Seconds = Annotated[float, BeforeValidator(parse_duration), Field(ge=0)]
+Seconds = Annotated[
+    float,
+    BeforeValidator(parse_duration),
+    Field(ge=0),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "pattern": r"^\s*((\d+(\.\d+)?)(ms|us|µs|h|m|s))*\s*$"},
+                {"type": "number", "minimum": 0},
+            ]
+        }
+    ),
+]
 Port = Annotated[int, Field(ge=1, le=65535)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+def _unused(default: Any, key: str) -> Any:
+    """A key of Interlock's that is accepted, for its type is checked, and does nothing."""
+    return Field(
+        default,
+        description=f"not used: {interlock.EXTENSION_KEYS[key].text}",
+        json_schema_extra={"deprecated": True},
+    )
 
 
 def _pascal(name: str) -> str:
@@ -60,6 +93,19 @@ _SPELLED = {
     "urls": "URLs",
     "admin_tls": "AdminTLS",
     "tls_ca": "TLSCA",
+    "ssl_cert": "SSLCert",
+    "ssl_opts": "SSLOpts",
+    "ssl_default_dh_param": "SSLDefaultDHParam",
+    "ssl_server_verify": "SSLServerVerify",
+    "dh_param": "DHParam",
+    "dh_param_path": "DHParamPath",
+    "rlimit_no_file": "RLimitNoFile",
+    "stats_prometheus_push_gateway_url": "StatsPrometheusPushGatewayURL",
+    "stats_influxdb_address": "StatsInfluxDBAddress",
+    "stats_influxdb_user": "StatsInfluxDBUser",
+    "stats_influxdb_password": "StatsInfluxDBPassword",
+    "stats_influxdb_database": "StatsInfluxDBDatabase",
+    "stats_influxdb_precision": "StatsInfluxDBPrecision",
 }
 
 
@@ -70,9 +116,13 @@ class _Table(BaseModel):
 
 
 class Extension(_Table):
-    """`[[Extensions]]`: how the OpenResty side is set up. One entry, `nginx` (Interlock's name)."""
+    """`[[Extensions]]`: how the OpenResty side is set up. The first `nginx` or `haproxy` counts."""
 
-    name: str = Field("nginx", description="which extension the table is for")
+    name: str = Field(
+        "nginx",
+        description="`nginx` or `haproxy`, Interlock's names: both set up OpenResty, and differ in "
+        "which time-outs and default certificate they read",
+    )
     port: Port = Field(80, description="plain HTTP listener of OpenResty")
     ssl_port: Annotated[int, Field(ge=0, le=65535)] = Field(
         443, description="TLS listener of OpenResty; 0 switches TLS off"
@@ -86,15 +136,42 @@ class Extension(_Table):
         "", description="certificate for TLS hosts without one and for unknown TLS hosts"
     )
     ssl_default_cert_key: str = Field("", description="key of SSLDefaultCert")
+    ssl_cert: str = Field(
+        "",
+        description="with Name = `haproxy`: one PEM file with certificate and key, the default "
+        "certificate, with which every host is served over TLS too",
+    )
     ssl_protocols: str = Field("TLSv1.2 TLSv1.3", description="ssl_protocols of nginx")
     ssl_ciphers: str = Field("HIGH:!aNULL:!MD5", description="ssl_ciphers of nginx")
+    dh_param: bool = Field(False, description="use DHParamPath for DHE key exchange")
+    dh_param_path: str = Field(
+        "", description="file with DH parameters inside the OpenResty container"
+    )
     redirect_code: Literal[301, 302, 303, 307, 308] = Field(
         308, description="status of the redirect of `ssl_only` hosts; 308 keeps the method"
     )
-    proxy_connect_timeout: Annotated[int, Field(ge=1)] = Field(2, description="seconds")
-    proxy_send_timeout: Annotated[int, Field(ge=1)] = Field(600, description="seconds")
-    proxy_read_timeout: Annotated[int, Field(ge=1)] = Field(600, description="seconds")
-    send_timeout: Annotated[int, Field(ge=1)] = Field(600, description="seconds")
+    proxy_connect_timeout: Positive = Field(
+        2, description="seconds until connecting to a peer fails"
+    )
+    proxy_send_timeout: Positive = Field(
+        600, description="seconds that a peer may take between two reads of a request"
+    )
+    proxy_read_timeout: Positive = Field(
+        600, description="seconds that a peer may take between two writes of an answer"
+    )
+    send_timeout: Positive = Field(
+        600, description="seconds that a client may take between two reads of an answer"
+    )
+    connect_timeout: Positive = Field(
+        5000, description="with Name = `haproxy`: ProxyConnectTimeout, in milliseconds"
+    )
+    server_timeout: Positive = Field(
+        10000,
+        description="with Name = `haproxy`: ProxyReadTimeout and ProxySendTimeout, in milliseconds",
+    )
+    client_timeout: Positive = Field(
+        10000, description="with Name = `haproxy`: SendTimeout, in milliseconds"
+    )
     client_max_body_size: str = Field(
         "2048m", pattern=r"^\d+[kKmMgG]?$", description="largest request body; Interlock's default"
     )
@@ -109,6 +186,31 @@ class Extension(_Table):
     backend_override_address: str = Field(
         "", description="address for published ports that the engine reports as 0.0.0.0"
     )
+    config_path: str = _unused("", "ConfigPath")
+    pid_path: str = _unused("", "PidPath")
+    max_conn: int = _unused(0, "MaxConn")
+    user: str = _unused("", "User")
+    worker_processes: int = _unused(0, "WorkerProcesses")
+    rlimit_no_file: int = _unused(0, "RLimitNoFile")
+    nginx_plus_enabled: bool = _unused(False, "NginxPlusEnabled")
+    ssl_opts: str = _unused("", "SSLOpts")
+    ssl_default_dh_param: int = _unused(0, "SSLDefaultDHParam")
+    ssl_server_verify: str = _unused("", "SSLServerVerify")
+    syslog_addr: str = _unused("", "SyslogAddr")
+    admin_user: str = _unused("", "AdminUser")
+    admin_pass: str = _unused("", "AdminPass")
+    stats_interval: str = _unused("", "StatsInterval")
+    stats_backend_type: str = _unused("", "StatsBackendType")
+    stats_prometheus_push_gateway_url: str = _unused("", "StatsPrometheusPushGatewayURL")
+    stats_influxdb_address: str = _unused("", "StatsInfluxDBAddress")
+    stats_influxdb_user: str = _unused("", "StatsInfluxDBUser")
+    stats_influxdb_password: str = _unused("", "StatsInfluxDBPassword")
+    stats_influxdb_database: str = _unused("", "StatsInfluxDBDatabase")
+    stats_influxdb_precision: str = _unused("", "StatsInfluxDBPrecision")
+
+    @property
+    def _haproxy(self) -> bool:
+        return self.name.lower() == "haproxy"
 
     def certificate_path(self, name: str) -> str:
         """Where a certificate or key lies in the OpenResty container: below SSLCertPath.
@@ -119,11 +221,55 @@ class Extension(_Table):
 
     @property
     def default_certificate(self) -> tuple[str, str] | None:
-        """Paths of SSLDefaultCert and its key, which may be in one file; None if there is none."""
+        """Paths of SSLDefaultCert and its key, which may be in one file; None if there is none.
+
+        The same of HAProxy's SSLCert.
+        """
         if not self.ssl_default_cert:
-            return None
+            if not (self._haproxy and self.ssl_cert):
+                return None
+            path = self.certificate_path(self.ssl_cert)
+            return path, path
         key = self.ssl_default_cert_key or self.ssl_default_cert
         return self.certificate_path(self.ssl_default_cert), self.certificate_path(key)
+
+    @property
+    def tls_everywhere(self) -> bool:
+        """Whether each host speaks TLS, asked for or not: HAProxy's one frontend with SSLCert."""
+        return self._haproxy and bool(self.ssl_cert) and self.ssl_port != 0
+
+    @property
+    def dh_parameters(self) -> str | None:
+        """Path of the file with DH parameters, None if there is none."""
+        if not (self.dh_param and self.dh_param_path):
+            return None
+        return self.certificate_path(self.dh_param_path)
+
+    @property
+    def times(self) -> dict[str, str]:
+        """nginx's directives for time-outs and their values, by extension in seconds or ms."""
+        if self._haproxy:
+            server = f"{self.server_timeout}ms"
+            connect, client = f"{self.connect_timeout}ms", f"{self.client_timeout}ms"
+            return {
+                "proxy_connect_timeout": connect,
+                "proxy_send_timeout": server,
+                "proxy_read_timeout": server,
+                "send_timeout": client,
+            }
+        return {
+            "proxy_connect_timeout": f"{self.proxy_connect_timeout}s",
+            "proxy_send_timeout": f"{self.proxy_send_timeout}s",
+            "proxy_read_timeout": f"{self.proxy_read_timeout}s",
+            "send_timeout": f"{self.send_timeout}s",
+        }
+
+
+class Rule(_Table):
+    """`[Rules.<name>]` of Interlock's beacon: accepted, and does nothing."""
+
+    type: str = Field("", description=f"not used: {interlock.RULES}")
+    regex: str = Field("", description=f"not used: {interlock.RULES}")
 
 
 class OpenResty(_Table):
@@ -217,6 +363,11 @@ class Settings(_Table):
     )
     extensions: tuple[Extension, ...] = ()
     openresty: OpenResty = Field(OpenResty(), alias="OpenResty")
+    rules: dict[str, Rule] = Field(
+        {},
+        description=f"not used: {interlock.RULES}",
+        json_schema_extra={"deprecated": True},
+    )
 
     @property
     def polls(self) -> float:
@@ -226,72 +377,257 @@ class Settings(_Table):
     @property
     def extension(self) -> Extension:
         """The one extension that sets up OpenResty, with defaults where the file names none."""
-        return self.extensions[0] if self.extensions else Extension()
+        for extension in self.extensions:
+            if extension.name.lower() in interlock.SERVING:
+                return extension
+        return Extension()
 
 
-def load(text: str, *, where: str) -> tuple[Settings, tuple[str, ...]]:
+@dataclass(frozen=True, slots=True)
+class Remark:
+    """One warning about a configuration that can be used.
+
+    Attributes:
+        text: the sentence, with where it stands.
+        unknown: the key is not known, neither here nor to Interlock; `check --strict` fails on it.
+    """
+
+    text: str
+    unknown: bool = False
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def load(text: str, *, where: str) -> tuple[Settings, tuple[Remark, ...]]:
     """Read the TOML `text` of a configuration that came from `where` (for messages).
 
     Returns:
-        The settings, and a warning for each key that is not known.
+        The settings, and a remark for each key that is not known or not used.
 
     Raises:
-        SettingsError: not TOML (with line), or a value of the wrong type or range (with key path,
-            value and what is expected).
+        SettingsError: not TOML (with line), or a value of the wrong type or range (with line, key
+            path, value and what is expected).
     """
     try:
         raw = tomli.loads(text)
     except tomli.TOMLDecodeError as error:
         raise SettingsError(f"{where}: not valid TOML: {error}") from error
-    warnings: list[str] = []
-    known = _canonical(raw, Settings, path="", where=where, warnings=warnings)
+    reading = _Reading(text, where)
+    known = reading.settings(raw)
     try:
-        settings = Settings.model_validate_json(_json(known))
+        settings = Settings.model_validate_json(json.dumps(known, default=str))
     except ValidationError as error:
-        raise SettingsError(*(_sentence(where, item) for item in error.errors())) from error
-    return settings, tuple(warnings)
-
-
-def _json(value: object) -> str:
-    """Strict mode takes a list for a tuple only where it comes from JSON."""
-    return json.dumps(value, default=str)
+        for item in error.errors():
+            reading.wrong(item["loc"], item["input"], _expected(item))
+    if reading.problems:
+        raise SettingsError(*reading.problems)
+    return settings, tuple(reading.remarks)
 
 
 _NESTED: dict[str, type[_Table]] = {"Extensions": Extension, "OpenResty": OpenResty}
 
 
-def _canonical(
-    raw: dict[str, Any], table: type[_Table], *, path: str, where: str, warnings: list[str]
-) -> dict[str, Any]:
-    """Spell the keys as the schema does; drop the unknown ones with a warning each."""
-    spelling = {(f.alias or n).lower(): f.alias or n for n, f in table.model_fields.items()}
-    result: dict[str, Any] = {}
-    for key, value in raw.items():
-        name = spelling.get(key.lower())
-        if name is None:
-            near = difflib.get_close_matches(key.lower(), spelling, n=1)
-            meant = f"; did you mean {spelling[near[0]]}?" if near else ""
-            warnings.append(f"{where}: unknown key {path}{key} is ignored{meant}")
-            continue
-        nested = _NESTED.get(name) if table is Settings else None
-        if nested is not None and isinstance(value, dict):
-            value = _canonical(value, nested, path=f"{path}{name}.", where=where, warnings=warnings)
-        elif nested is not None and isinstance(value, list):
-            value = [
-                _canonical(
-                    item, nested, path=f"{path}{name}[{index}].", where=where, warnings=warnings
-                )
+class _Reading:
+    """One text on its way to the schema: what is said about it, and where in it that stands."""
+
+    def __init__(self, text: str, where: str) -> None:
+        self._text = text
+        self._where = where
+        self.remarks: list[Remark] = []
+        self.problems: list[str] = []
+
+    def settings(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """The values under the schema's spelling, without what means "default"."""
+        known = self._canonical(raw, Settings, path="")
+        extensions = known.get("Extensions")
+        if isinstance(extensions, list):
+            known["Extensions"] = self._extensions(extensions)
+        if known.get("Rules"):
+            self._remark(f"Rules is not used: {interlock.RULES}")
+        return known
+
+    def wrong(self, path: tuple[int | str, ...], value: object, expected: str) -> None:
+        """Note a value that cannot be taken."""
+        line = _line_of(self._text, path)
+        at = f"line {line}: " if line else ""
+        self.problems.append(
+            f"{self._where}: {at}{_spelled(path)}: got {_shown(value)}, expected {expected}"
+        )
+
+    def _remark(self, text: str, *, unknown: bool = False) -> None:
+        self.remarks.append(Remark(f"{self._where}: {text}", unknown))
+
+    def _canonical(
+        self, raw: Mapping[str, Any], table: type[_Table], *, path: str
+    ) -> dict[str, Any]:
+        """Spell the keys as the schema does; drop the unknown ones with a remark each."""
+        spelling = {(f.alias or n).lower(): f.alias or n for n, f in table.model_fields.items()}
+        result: dict[str, Any] = {}
+        for key, value in raw.items():
+            name = spelling.get(key.lower())
+            if name is None:
+                near = difflib.get_close_matches(key.lower(), spelling, n=1)
+                meant = f"; did you mean {spelling[near[0]]}?" if near else ""
+                self._remark(f"unknown key {path}{key} is ignored{meant}", unknown=True)
+            elif not _means_default(table, name, value):
+                result[name] = self._nested(table, name, value, path=f"{path}{name}")
+        return result
+
+    def _nested(self, table: type[_Table], name: str, value: Any, *, path: str) -> Any:
+        inner = _NESTED.get(name) if table is Settings else None
+        if inner is not None and isinstance(value, dict):
+            return self._canonical(value, inner, path=f"{path}.")
+        if inner is not None and isinstance(value, list):
+            return [
+                self._canonical(item, inner, path=f"{path}[{index}].")
                 if isinstance(item, dict)
                 else item
                 for index, item in enumerate(value)
             ]
-        result[name] = value
-    return result
+        if table is Settings and name == "Rules" and isinstance(value, dict):
+            return {
+                rule: self._canonical(item, Rule, path=f"{path}.{rule}.")
+                if isinstance(item, dict)
+                else item
+                for rule, item in value.items()
+            }
+        return value
+
+    def _extensions(self, tables: list[Any]) -> list[Any]:
+        """Say what of them is used; the tables, with what can still be taken of their values."""
+        result, serving = [], ""
+        for index, item in enumerate(tables):
+            path = f"Extensions[{index}]"
+            name = item.get("Name", "nginx") if isinstance(item, dict) else None
+            if not isinstance(name, str):
+                result.append(item)
+                continue
+            kind = name.lower()
+            if kind == "beacon":
+                keys = ", ".join(key for key in item if key != "Name")
+                self._remark(
+                    f"{path} (beacon{': ' + keys if keys else ''}) is not used: "
+                    f"{interlock.EXTENSION_KEYS['StatsInterval'].text}"
+                )
+            elif kind not in interlock.SERVING:
+                self._remark(
+                    f"{path}: no extension is called {name}, the table is not used; use nginx or "
+                    "haproxy, which both set up OpenResty"
+                )
+            elif serving:
+                self._remark(
+                    f"{path} ({name}) is not used: the first one that sets up OpenResty counts, "
+                    f"and that is {serving}; put into it what both shall have"
+                )
+            else:
+                serving = f"{path} ({name})"
+                for text in interlock.remarks_on(kind, item, f"{path}."):
+                    self._remark(text)
+            result.append(self._adapted(item, index))
+        return result
+
+    def _adapted(self, item: dict[str, Any], index: int) -> dict[str, Any]:
+        protocols, template = item.get("SSLProtocols"), item.get("TemplatePath")
+        if isinstance(template, str) and interlock.is_go_template(template):
+            item = {key: value for key, value in item.items() if key != "TemplatePath"}
+        if isinstance(protocols, str):
+            item = {key: value for key, value in item.items() if key != "SSLProtocols"}
+            try:
+                if usable := interlock.usable_protocols(protocols):
+                    item["SSLProtocols"] = usable
+            except ValueError as error:
+                self.wrong(("Extensions", index, "SSLProtocols"), protocols, str(error))
+        return item
 
 
-def _sentence(where: str, item: Any) -> str:
-    """One sentence for one fault that pydantic found."""
-    path = ""
-    for part in item["loc"]:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
-    return f"{where}: {path}: got {item['input']!r}: {item['msg']}"
+def _means_default(table: type[_Table], name: str, value: object) -> bool:
+    """Whether a value stands for "not set", as in what Interlock's `spec` printed.
+
+    That is "" everywhere, and 0 for Interlock's numbers. SSLPort = 0 was no TLS listener, and is.
+    """
+    if value == "":
+        return True
+    interlocks = table is Extension and name in interlock.EXTENSION_KEYS
+    return interlocks and name != "SSLPort" and value == 0 and not isinstance(value, bool)
+
+
+def _shown(value: object) -> str:
+    """A value as it was found, short."""
+    if isinstance(value, dict | list):
+        return "a table" if isinstance(value, dict) else "a list"
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "…"
+
+
+_LONGEST_SHOWN = 100
+
+
+def _spelled(path: tuple[int | str, ...]) -> str:
+    """`Extensions[0].Port`."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+_EXPECTED = {
+    "string_type": "a string",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "model_type": "a table",
+    "model_attributes_type": "a table",
+    "dict_type": "tables, [Rules.NAME]",
+}
+
+
+def _expected(item: Any) -> str:
+    """What pydantic would have taken, in words of TOML."""
+    kind, context = item["type"], item.get("ctx", {})
+    if item["loc"] == ("Extensions",):
+        return "tables that begin with [[Extensions]]"
+    match kind:
+        case "literal_error":
+            return str(context["expected"])
+        case "greater_than_equal":
+            return f"at least {context['ge']}"
+        case "less_than_equal":
+            return f"at most {context['le']}"
+        case "string_pattern_mismatch":
+            return f"a string of the form {context['pattern']}"
+        case "value_error":
+            return str(context["error"]).removeprefix("expected ")
+    return _EXPECTED.get(kind, str(item["msg"]))
+
+
+_HEADER = re.compile(r"\s*(\[\[?)\s*([^\[\]]+?)\s*\]\]?\s*(?:#.*)?$")
+
+
+def _line_of(text: str, path: tuple[int | str, ...]) -> int | None:
+    """The line (from 1) on which the key at `path` stands; None where it is written otherwise.
+
+    The parser keeps no lines. This finds keys written one to a line below their table's header,
+    which is how people and Interlock's `spec` write them.
+    """
+    wanted = [part.lower() if isinstance(part, str) else part for part in path]
+    table: list[str | int] = []
+    counts: dict[str, int] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        header = _HEADER.match(line)
+        if header:
+            names = [part.strip().strip("\"'").lower() for part in header[2].split(".")]
+            table = list(names)
+            if header[1] == "[[":
+                counts[header[2]] = counts.get(header[2], -1) + 1
+                table.append(counts[header[2]])
+            if table == wanted or names == wanted:
+                return number
+            continue
+        key, equals, _ = line.partition("=")
+        if equals:
+            here = [*table, *(part.strip().strip("\"'").lower() for part in key.split("."))]
+            if here == wanted[: len(here)] and len(here) > len(table):
+                return number
+    return None

@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 
 from agent import __version__
 from agent.cli import NEGATIVE, OK, UNREACHABLE, USAGE, main
+from agent.config.settings import load
 from agent.http import Listener, as_json
 
 STATIC = """\
@@ -57,7 +58,7 @@ def test_the_version_in_each_way_that_interlock_had(arguments):
 def test_help_lists_every_command(flag):
     result = tidegate(flag)
     assert result.exit_code == OK
-    for command in ("run", "check", "status", "plan", "explain", "version"):
+    for command in ("run", "check", "status", "plan", "explain", "spec", "version"):
         assert f"\n  {command}" in result.stdout
 
 
@@ -73,8 +74,8 @@ def test_settings_that_cannot_be_used_are_told_line_by_line_with_exit_code_2(com
     result = tidegate(*command, "-c", path)
     assert result.exit_code == USAGE
     first, second = result.stderr.strip().splitlines()
-    assert first.startswith(f"tidegate: {path}: ListenAddr: got 5")
-    assert second.startswith(f"tidegate: {path}: PollInterval: got 'soon'")
+    assert first.startswith(f"tidegate: {path}: line 1: ListenAddr: got 5")
+    assert second.startswith(f"tidegate: {path}: line 2: PollInterval: got 'soon'")
 
 
 def test_a_missing_settings_file_is_named(tmp_path):
@@ -91,7 +92,7 @@ def test_without_settings_the_defaults_are_in_force_and_that_is_said():
 def test_the_environment_beats_the_option(monkeypatch, tmp_path):
     monkeypatch.setenv("INTERLOCK_CONFIG", "ListenAddr = 5")
     result = tidegate("run", "-c", tmp_path / "none.toml")
-    assert "environment variable INTERLOCK_CONFIG: ListenAddr" in result.stderr
+    assert "environment variable INTERLOCK_CONFIG: line 1: ListenAddr" in result.stderr
 
 
 def test_run_on_a_port_that_is_taken_says_so(config):
@@ -181,6 +182,47 @@ def test_check_tells_a_template_that_cannot_be_used(config, tmp_path):
     result = tidegate("check", "-c", config)
     assert result.exit_code == NEGATIVE
     assert "failed   templates" in result.stdout
+
+
+def test_check_says_which_of_several_settings_counts(config, monkeypatch):
+    monkeypatch.setenv("INTERLOCK_CONFIG", config.read_text())
+    result = tidegate("check", "-c", config)
+    assert "ok       settings: read from environment variable INTERLOCK_CONFIG" in result.stdout
+    assert f"warning  settings: environment variable INTERLOCK_CONFIG beats {config}" in (
+        result.stdout
+    )
+
+
+def test_check_names_a_key_that_is_not_used_and_strict_does_not_fail_on_it(config):
+    config.write_text(config.read_text() + "[[Extensions]]\nName = 'nginx'\nMaxConn = 5\n")
+    result = tidegate("check", "-c", config, "--strict")
+    assert "Extensions[0].MaxConn is not used" in result.stdout
+    assert result.exit_code == OK
+
+
+def test_check_of_a_store_that_is_away_is_a_failure(config, free_port):
+    result = tidegate("check", "-c", config, "-k", f"etcd://127.0.0.1:{free_port()}")
+    assert result.exit_code == NEGATIVE
+    assert "failed   settings: etcd at 127.0.0.1" in result.stdout
+
+
+@pytest.mark.parametrize("command", [["plan"], ["explain", "x"], ["status"]])
+def test_a_store_that_is_away_is_exit_code_3(command, free_port):
+    result = tidegate(*command, "-k", f"consul://127.0.0.1:{free_port()}")
+    assert result.exit_code == UNREACHABLE
+    assert "cannot be reached" in result.stderr
+
+
+def test_a_url_of_a_store_that_cannot_be_used_is_exit_code_2():
+    result = tidegate("run", "-k", "redis://h")
+    assert result.exit_code == USAGE
+    assert "etcd://, consul:// or zk://" in result.stderr
+
+
+def test_spec_prints_what_run_takes():
+    result = tidegate("spec")
+    assert result.exit_code == OK
+    assert load(result.stdout, where="spec")[1] == ()
 
 
 # status

@@ -401,6 +401,16 @@ def test_tls_with_tls_switched_off_is_refused():
     assert desired.site.hosts == ()
 
 
+def test_haproxys_certificate_serves_every_host_over_tls_but_those_that_say_no():
+    haproxy = settings(name="haproxy", ssl_cert="/ssl/all.pem")
+    web = service("web", labels(hostname="a"), instance("t1"))
+    plain = service("plain", labels(hostname="b", ssl="false"), instance("t2", "10.0.0.2"))
+    desired = compiled(web, plain, options=haproxy)
+    assert host(desired, "a.local").tls == Tls("/ssl/all.pem", "/ssl/all.pem")
+    assert host(desired, "b.local").tls is None
+    assert desired.rejections == ()
+
+
 # --- who keeps what
 
 

@@ -173,6 +173,24 @@ def test_the_tls_listener_refuses_unknown_hosts_and_is_off_with_sslport_0():
     assert " ssl" not in common(SSLPort=0)
 
 
+def test_haproxys_time_outs_certificate_and_nginxs_dh_parameters_are_rendered():
+    def common(**options: object) -> str:
+        return render(Site((plain(),)), settings(**options), OLD)["00-default.conf"]
+
+    haproxy = common(Name="haproxy", ConnectTimeout=250, ServerTimeout=1500, SSLCert="/ssl/all.pem")
+    for directive in (
+        "proxy_connect_timeout 250ms;",
+        "proxy_send_timeout 1500ms;",
+        "proxy_read_timeout 1500ms;",
+        "send_timeout 10000ms;",
+        'ssl_certificate "/ssl/all.pem";',
+        'ssl_certificate_key "/ssl/all.pem";',
+    ):
+        assert directive in haproxy
+    assert 'ssl_dhparam "/dh.pem";' in common(DHParam=True, DHParamPath="/dh.pem")
+    assert "ssl_dhparam" not in common(DHParam=True)
+
+
 def test_a_site_is_the_same_text_in_whatever_order():
     files = render(Site((plain("b.example.com"), plain("a.example.com"))), DEFAULTS, OLD)
     again = render(Site((plain("a.example.com"), plain("b.example.com"))), DEFAULTS, OLD)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from agent.config.interlock import KEYS, Scope
 from agent.config.settings import Extension, OpenResty, Settings, load
 from agent.errors import SettingsError
 
@@ -68,7 +69,7 @@ def test_keys_of_tables_match_in_any_case():
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [('"500ms"', 0.5), ('"1m30s"', 90), ('"1h"', 3600), ("2", 2), ("0.25", 0.25), ('""', 0)],
+    [('"500ms"', 0.5), ('"1m30s"', 90), ('"1h"', 3600), ("2", 2), ("0.25", 0.25)],
 )
 def test_durations_are_read_as_go_did(text, seconds):
     assert settings(f"PollInterval = {text}").poll_interval == seconds
@@ -82,19 +83,23 @@ def test_a_duration_that_is_none_is_refused_by_name(text):
 
 def test_a_key_that_is_not_known_is_a_warning_with_the_one_that_was_meant():
     _, (warning,) = load("PolInterval = '1s'", where="config.toml")
-    assert warning == "config.toml: unknown key PolInterval is ignored; did you mean PollInterval?"
+    assert (
+        str(warning)
+        == "config.toml: unknown key PolInterval is ignored; did you mean PollInterval?"
+    )
 
 
 def test_a_key_of_a_table_that_is_not_known_is_a_warning_with_its_path():
     _, warnings = load("[[Extensions]]\nPrt = 1\n[OpenResty]\nUrl = 'x'", where="c")
-    assert "Extensions[0].Prt" in warnings[0]
-    assert "OpenResty.Url" in warnings[1]
+    assert "Extensions[0].Prt" in str(warnings[0])
+    assert "OpenResty.Url" in str(warnings[1])
+    assert all(warning.unknown for warning in warnings)
 
 
 def test_a_wrong_type_is_refused_with_path_and_value():
-    found = problem('[[Extensions]]\nPort = "80"')
-    assert "config.toml: Extensions[0].Port" in found
-    assert "'80'" in found
+    assert problem('[[Extensions]]\nPort = "80"') == (
+        "config.toml: line 2: Extensions[0].Port: got '80', expected a whole number"
+    )
 
 
 def test_every_mistake_is_told_at_once():
@@ -109,3 +114,220 @@ def test_a_file_that_is_no_toml_says_where_it_broke():
 
 def test_settings_that_are_equal_compare_equal_so_that_a_reread_can_be_skipped():
     assert settings('ListenAddr = ":1"') == settings("listenaddr = ':1' # same")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("EnableMetrics = 'yes'", "line 1: EnableMetrics: got 'yes', expected true or false"),
+        ("# x\n\nlistenaddr = 5", "line 3: ListenAddr: got 5, expected a string"),
+        ("Sources = 'swarm'", "line 1: Sources: got 'swarm', expected a list"),
+        ("LogLevel = 'loud'", "expected 'debug', 'info', 'warning' or 'error'"),
+        ("[OpenResty]\nAdminPort = 70000", "line 2: OpenResty.AdminPort: got 70000, expected at"),
+        ("OpenResty = 'x'", "line 1: OpenResty: got 'x', expected a table"),
+        ("[Extensions.default]\nPort = 1", "Extensions: got a table, expected tables that begin"),
+        ("[[Extensions]]\n[[Extensions]]\nPort = 'x'", "line 3: Extensions[1].Port: got 'x'"),
+        ("[[Extensions]]\nDHParam = 'true'", "Extensions[0].DHParam: got 'true', expected true or"),
+        ("[[Extensions]]\nName = 5", "Extensions[0].Name: got 5, expected a string"),
+        ("[[Extensions]]\nSSLProtocols = 'TLSv9'", "SSLProtocols: got 'TLSv9', expected some of"),
+        ("[Rules.a]\nType = 5", "line 2: Rules.a.Type: got 5, expected a string"),
+    ],
+)
+def test_a_wrong_value_is_told_with_line_path_value_and_what_is_expected(text, said):
+    assert said in problem(text)
+
+
+def test_a_wrong_table_is_not_printed_with_all_that_is_in_it():
+    assert "s3cret" not in problem("[Extensions]\nAdminPass = 's3cret'")
+
+
+# What Interlock's own files have in them.
+
+
+def remarks(text: str) -> list[str]:
+    return [remark.text for remark in load(text, where="c")[1]]
+
+
+SPEC = """
+ListenAddr = ":8080"
+DockerURL = "unix:///var/run/docker.sock"
+TLSCACert = ""
+TLSCert = ""
+TLSKey = ""
+AllowInsecure = false
+EnableMetrics = true
+PollInterval = ""
+
+[[Extensions]]
+  Name = "nginx"
+  ConfigPath = "/etc/nginx/nginx.conf"
+  PidPath = "/var/run/nginx.pid"
+  TemplatePath = "/etc/interlock/nginx.conf.template"
+  BackendOverrideAddress = ""
+  ConnectTimeout = 0
+  ServerTimeout = 0
+  ClientTimeout = 0
+  MaxConn = 0
+  Port = 0
+  SyslogAddr = ""
+  AdminUser = ""
+  AdminPass = ""
+  SSLCertPath = ""
+  SSLCert = ""
+  SSLPort = 0
+  SSLOpts = ""
+  SSLDefaultDHParam = 0
+  SSLServerVerify = ""
+  NginxPlusEnabled = false
+  User = ""
+  WorkerProcesses = 0
+  RLimitNoFile = 0
+  ProxyConnectTimeout = 0
+  ProxySendTimeout = 0
+  ProxyReadTimeout = 0
+  SendTimeout = 0
+  SSLCiphers = ""
+  SSLProtocols = ""
+  DHParam = false
+  DHParamPath = ""
+  StatsInterval = ""
+  StatsBackendType = ""
+  StatsPrometheusPushGatewayURL = ""
+  StatsInfluxDBAddress = ""
+  StatsInfluxDBUser = ""
+  StatsInfluxDBPassword = ""
+  StatsInfluxDBDatabase = ""
+  StatsInfluxDBPrecision = ""
+"""
+
+
+def test_what_interlocks_spec_prints_is_all_defaults_where_it_says_nothing():
+    read, said = load(SPEC, where="c")
+    assert read.poll_interval == Settings().poll_interval
+    assert read.extension.model_copy(update={"config_path": "", "pid_path": ""}) == Extension(
+        ssl_port=0
+    )
+    assert [remark.text.split()[1] for remark in said] == [
+        "Extensions[0].ConfigPath",
+        "Extensions[0].PidPath",
+        "Extensions[0].TemplatePath",
+    ]
+    assert not any(remark.unknown for remark in said)
+
+
+@pytest.mark.parametrize("name", ["nginx", "Nginx", "HAProxy", "haproxy"])
+def test_nginx_and_haproxy_in_any_case_set_up_openresty(name):
+    read, said = load(f"[[Extensions]]\nName = '{name}'\nPort = 8000", where="c")
+    assert read.extension.port == 8000
+    assert said == ()
+
+
+def test_haproxys_time_outs_are_milliseconds_with_haproxys_defaults():
+    times = settings("[[Extensions]]\nName = 'haproxy'\nServerTimeout = 2500").extension.times
+    assert times == {
+        "proxy_connect_timeout": "5000ms",
+        "proxy_send_timeout": "2500ms",
+        "proxy_read_timeout": "2500ms",
+        "send_timeout": "10000ms",
+    }
+
+
+def test_haproxys_certificate_is_the_default_one_and_serves_every_host():
+    extension = settings("[[Extensions]]\nName = 'haproxy'\nSSLCert = '/ssl/all.pem'").extension
+    assert extension.default_certificate == ("/ssl/all.pem", "/ssl/all.pem")
+    assert extension.tls_everywhere
+
+
+def test_a_key_of_the_other_extension_is_named_with_what_works_here():
+    (said,) = remarks("[[Extensions]]\nName = 'nginx'\nConnectTimeout = 100")
+    assert "Extensions[0].ConnectTimeout is not used: it is a key of haproxy's" in said
+    assert "use ProxyConnectTimeout" in said
+    (said,) = remarks("[[Extensions]]\nName = 'haproxy'\nProxyReadTimeout = 100")
+    assert "use ServerTimeout" in said
+
+
+def test_each_key_that_is_not_used_is_one_remark_that_says_what_to_use():
+    (said,) = remarks("[[Extensions]]\nName = 'haproxy'\nMaxConn = 4096")
+    assert said.startswith("c: Extensions[0].MaxConn is not used: ")
+    assert "TIDEGATE_WORKER_CONNECTIONS" in said
+
+
+def test_of_several_extensions_the_first_that_serves_counts():
+    text = """
+    [[Extensions]]
+    Name = "beacon"
+    StatsBackendType = "prometheus"
+    [[Extensions]]
+    Name = "haproxy"
+    Port = 81
+    [[Extensions]]
+    Name = "nginx"
+    Port = 82
+    MaxConn = 5
+    [Rules.all]
+    Type = "image"
+    Regex = ".*"
+    """
+    assert settings(text).extension.port == 81
+    beacon, second, rules = remarks(text)
+    assert "Extensions[0] (beacon: StatsBackendType) is not used" in beacon
+    assert "cAdvisor" in beacon
+    assert "Extensions[2] (nginx) is not used: the first one" in second
+    assert "that is Extensions[1] (haproxy)" in second
+    assert "Rules is not used" in rules
+
+
+def test_an_extension_that_nobody_knows_is_a_remark():
+    (said,) = remarks("[[Extensions]]\nName = 'traefik'")
+    assert "no extension is called traefik" in said
+    assert settings("[[Extensions]]\nName = 'traefik'\nPort = 9").extension == Extension()
+
+
+def test_protocols_that_nobody_has_any_more_are_left_out_with_a_remark():
+    text = "[[Extensions]]\nSSLProtocols = 'SSLv3 TLSv1 TLSv1.2'"
+    assert settings(text).extension.ssl_protocols == "TLSv1 TLSv1.2"
+    broken, old = remarks(text)
+    assert "SSLv3 is left out" in broken
+    assert "TLSv1 is deprecated" in old
+    assert settings("[[Extensions]]\nSSLProtocols = 'SSLv3'").extension == Extension()
+
+
+def test_dh_parameters_need_their_file():
+    assert "name the file in DHParamPath" in remarks("[[Extensions]]\nDHParam = true")[0]
+    text = "[[Extensions]]\nDHParam = true\nDHParamPath = 'dh.pem'"
+    assert remarks(text) == []
+    assert settings(text).extension.dh_parameters == "/etc/tidegate/certs/dh.pem"
+
+
+INTERLOCKS_KEYS = {
+    Scope.TOP: "ListenAddr DockerURL TLSCACert TLSCert TLSKey AllowInsecure EnableMetrics "
+    "PollInterval Extensions Rules.<name>.Type Rules.<name>.Regex",
+    Scope.EXTENSION: "Name ConfigPath PidPath TemplatePath BackendOverrideAddress MaxConn Port "
+    "SSLPort SSLCertPath SSLCert SSLOpts SSLDefaultDHParam SSLServerVerify ConnectTimeout "
+    "ServerTimeout ClientTimeout SyslogAddr AdminUser AdminPass DHParam DHParamPath "
+    "NginxPlusEnabled User WorkerProcesses RLimitNoFile ProxyConnectTimeout ProxySendTimeout "
+    "ProxyReadTimeout SendTimeout SSLCiphers SSLProtocols StatsInterval StatsBackendType "
+    "StatsPrometheusPushGatewayURL StatsInfluxDBAddress StatsInfluxDBUser StatsInfluxDBPassword "
+    "StatsInfluxDBDatabase StatsInfluxDBPrecision",
+    Scope.ENVIRONMENT: "INTERLOCK_CONFIG DOCKER_HOST DOCKER_CERT_PATH DOCKER_TLS_VERIFY",
+}
+
+
+@pytest.mark.parametrize("scope", INTERLOCKS_KEYS)
+def test_every_key_of_interlock_has_its_verdict(scope):
+    assert [key.name for key in KEYS if key.scope is scope] == INTERLOCKS_KEYS[scope].split()
+    assert all(key.text for key in KEYS)
+
+
+def test_every_key_of_an_extension_is_in_the_schema_and_none_is_unknown():
+    known = {field.alias for field in Extension.model_fields.values()}
+    assert set(INTERLOCKS_KEYS[Scope.EXTENSION].split()) <= known
+
+
+def test_a_key_that_is_marked_as_not_used_says_so_when_it_is_used():
+    for key in KEYS:
+        if key.scope is Scope.EXTENSION and not key.honoured:
+            name = next(n for n, f in Extension.model_fields.items() if f.alias == key.name)
+            value = {str: "'x'", int: "7", bool: "true"}[Extension.model_fields[name].annotation]
+            (said,) = remarks(f"[[Extensions]]\nName = 'nginx'\n{key.name} = {value}")
+            assert said == f"c: Extensions[0].{key.name} is not used: {key.text}"

@@ -1,4 +1,4 @@
-"""Where the configuration comes from: the environment beats the file, as Interlock had it."""
+"""Where the configuration comes from: store over environment over file, as Interlock had it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from agent.config.kv import parse
 from agent.config.settings import Settings
-from agent.config.stores import BUILT_IN, load
+from agent.config.stores import BUILT_IN, Discovery, choose, load
 from agent.errors import SettingsError
 
 
@@ -67,11 +68,62 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
 
 
 def test_what_is_wrong_is_told_with_where_it_stood():
-    with pytest.raises(SettingsError, match="environment variable INTERLOCK_CONFIG: ListenAddr"):
+    with pytest.raises(
+        SettingsError, match="environment variable INTERLOCK_CONFIG: line 1: ListenAddr"
+    ):
         load(None, {"INTERLOCK_CONFIG": "ListenAddr = 5"})
 
 
 def test_unknown_keys_are_warnings(file):
     Path(file).write_text("Listenaddr = ':1'\nFrobnicate = 1\n")
     (warning,) = load(file, {}).warnings
-    assert "Frobnicate" in warning
+    assert "Frobnicate" in str(warning)
+
+
+def test_a_store_beats_the_environment_and_that_the_file_and_it_is_told(file):
+    env = {"INTERLOCK_CONFIG": 'ListenAddr = ":2"'}
+    choice = choose(file, env, Discovery("etcd://h"))
+    assert choice.store.where == "etcd://h:2379/interlock/v1/config"
+    assert choice.passed_over == ("environment variable INTERLOCK_CONFIG", file)
+    assert load(file, env).passed_over == (file,)
+    assert load(file, {}).passed_over == ()
+
+
+def test_an_empty_file_is_the_defaults_and_a_remark(file):
+    Path(file).write_text("\n")
+    loaded = load(file, {})
+    assert loaded.settings == Settings()
+    assert "missing or empty" in str(loaded.warnings[0])
+
+
+@pytest.mark.parametrize(
+    ("url", "where", "user"),
+    [
+        ("etcd://h", "etcd://h:2379/interlock/v1/config", ""),
+        ("consul://h:1/a/b", "consul://h:1/a/b", ""),
+        ("zk://a:1,b,c:3/x", "zk://a:1,b:2181,c:3/x", ""),
+        ("ETCD://[::1]:2379", "etcd://[::1]:2379/interlock/v1/config", ""),
+        ("etcd://root:p%40ss@h/", "etcd://h:2379/interlock/v1/config", "root"),
+    ],
+)
+def test_the_url_of_a_store(url, where, user):
+    address = parse(Discovery(url))
+    assert (address.where, address.user) == (where, user)
+    assert "p@ss" not in address.where
+    assert address.password == ("p@ss" if user else "")
+
+
+@pytest.mark.parametrize(
+    "url", ["h:2379", "redis://h", "etcd://", "etcd://h:x", "etcd://h:99999", "etcd://a:b@"]
+)
+def test_a_url_of_another_form_is_refused_with_the_form(url):
+    with pytest.raises(SettingsError, match=r"--discovery.*HOST") as caught:
+        parse(Discovery(url))
+    assert "a:b" not in str(caught.value)
+
+
+def test_tls_files_have_to_be_there_and_come_in_pairs(tmp_path):
+    with pytest.raises(SettingsError, match=r"--discovery-tls-ca-cert: .*cannot be read"):
+        parse(Discovery("etcd://h", ca=str(tmp_path / "none.pem")))
+    with pytest.raises(SettingsError, match=r"one without the other"):
+        parse(Discovery("etcd://h", cert="x.pem"))
