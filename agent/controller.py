@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from agent import render
+from agent import policies, render
 from agent.compile import Compiler
 from agent.config.settings import Settings
 from agent.discovery.base import Observer, Source, SourceStatus
@@ -139,7 +139,7 @@ class State:
             "upstreams": [
                 {
                     "name": upstream.name,
-                    "policy": upstream.policy.algorithm,
+                    "policy": policies.to_json(upstream.policy),
                     "hold_seconds": upstream.hold,
                     "peers": [
                         {

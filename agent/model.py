@@ -201,7 +201,8 @@ class PeerState(StrEnum):
 class Peer:
     """One task or container of an upstream.
 
-    `weight` is 0 to 1000; 0 takes no new traffic.
+    `weight` is 0 to 1000; 0 takes no new traffic. A `backup` takes traffic only while no other
+    peer can.
     """
 
     id: str
@@ -209,13 +210,190 @@ class Peer:
     port: int
     weight: int = 1
     state: PeerState = PeerState.UP
+    backup: bool = False
+
+
+class Algorithm(StrEnum):
+    """How a peer is chosen for a request that belongs to no session."""
+
+    ROUND_ROBIN = "round_robin"
+    LEAST_CONN = "least_conn"
+    EWMA = "ewma"
+    """Of two at random the one with less in flight times its mean latency."""
+    HASH = "hash"
+    RANDOM = "random"
+    FIRST = "first"
+    """The first in order that has room."""
+
+
+class StickyKind(StrEnum):
+    """What a session is told by."""
+
+    COOKIE = "cookie"
+    """A cookie that the proxy sets."""
+    APP_COOKIE = "app_cookie"
+    """A cookie that the application sets; its value is hashed."""
+    IP = "ip"
+
+
+@dataclass(frozen=True, slots=True)
+class Sticky:
+    """Requests of one session go to one peer, as long as it is there, also while it drains.
+
+    Attributes:
+        cookie: name of the cookie; unused for IP.
+        max_age: seconds that the proxy's cookie lives; 0 as long as the browser's session.
+        secure: the proxy's cookie is sent over TLS only.
+        same_site: its SameSite attribute: `Lax`, `Strict` or `None`; empty for none.
+        path: its Path attribute.
+    """
+
+    kind: StickyKind
+    cookie: str = ""
+    max_age: int = 0
+    secure: bool = False
+    http_only: bool = True
+    same_site: str = "Lax"
+    path: str = "/"
+
+
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """A share of the requests goes to another upstream.
+
+    A header or cookie that decides wins over the weight. A canary without peers gets nothing.
+
+    Attributes:
+        upstream: name of the upstream that gets them.
+        weight: per cent of the requests that say nothing, 0 to 100.
+        header: name of a request header; its value `always` sends there, `never` does not.
+        header_value: if given, this value sends there instead, and no other says anything.
+        cookie: name of a cookie whose value `always` sends there, `never` does not.
+    """
+
+    upstream: str
+    weight: int = 0
+    header: str = ""
+    header_value: str = ""
+    cookie: str = ""
+
+
+class CheckKind(StrEnum):
+    """What an active health check does."""
+
+    TCP = "tcp"
+    HTTP = "http"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Active health checks of every peer. Times in seconds.
+
+    Attributes:
+        status: statuses of a healthy answer: `200`, `200-399`, with commas between.
+        rise, fall: so many in a row change the verdict.
+        host: Host header; empty takes the host of the route.
+    """
+
+    kind: CheckKind
+    method: str = "GET"
+    path: str = "/"
+    host: str = ""
+    interval: float = 5.0
+    timeout: float = 2.0
+    rise: int = 2
+    fall: int = 3
+    status: str = "200-399"
+
+
+@dataclass(frozen=True, slots=True)
+class Passive:
+    """Peers that fail requests take none for some time.
+
+    Attributes:
+        failures: so many in a row eject a peer; 0 never does.
+        eject: seconds of the first ejection; each further one is twice as long.
+        max_eject: longest ejection, in seconds.
+    """
+
+    failures: int = 5
+    eject: float = 10.0
+    max_eject: float = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """When a request is sent to another peer.
+
+    Attributes:
+        tries: peers asked in all; 1 never retries, 0 leaves it to the instance.
+        on: what is tried again: `error`, `timeout`, `http_500` …; empty leaves it to the site.
+        timeout: seconds after the first try in which another may begin; 0 for no limit.
+        budget: retries may be this share of requests at most, 0.0 to 1.0, so that a broken
+            upstream is not asked many times over; 0 for no limit.
+    """
+
+    tries: int = 0
+    on: tuple[str, ...] = ()
+    timeout: float = 0.0
+    budget: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Circuit:
+    """An upstream of which most requests fail is left alone for some time; they get 503 at once.
+
+    Attributes:
+        error_ratio: share of failed requests that opens it, above 0.0 to 1.0.
+        min_requests: fewer in the window say nothing.
+        window: seconds over which is counted.
+        open: seconds until a single request tries again.
+    """
+
+    error_ratio: float
+    min_requests: int = 20
+    window: float = 10.0
+    open: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Seconds; 0 leaves it to the settings."""
+
+    connect: float = 0.0
+    send: float = 0.0
+    read: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How an upstream chooses among its peers; pushed, never rendered."""
+    """How an upstream treats its peers; pushed, never rendered.
 
-    algorithm: str = "round_robin"
+    Attributes:
+        hash_key: what HASH looks at: `ip`, `uri`, `header:NAME`, `cookie:NAME`, `arg:NAME`.
+        hash_balance: no peer gets more than this times the mean load, above 1.0; 0 for no bound.
+        slow_start: seconds over which a peer that is added gets up to its weight.
+        max_conns: requests in flight per peer; 0 for no limit.
+        queue: requests that may wait for a peer below `max_conns`; more get 503.
+        queue_timeout: seconds that they wait at most.
+        panic: where less than this share of the peers is healthy, health is ignored, 0.0 to 1.0.
+    """
+
+    algorithm: Algorithm = Algorithm.ROUND_ROBIN
+    hash_key: str = ""
+    hash_balance: float = 0.0
+    sticky: Sticky | None = None
+    slow_start: float = 0.0
+    max_conns: int = 0
+    queue: int = 0
+    queue_timeout: float = 0.0
+    canary: Canary | None = None
+    check: Check | None = None
+    passive: Passive = Passive()
+    panic: float = 0.5
+    retry: Retry = Retry()
+    circuit: Circuit | None = None
+    timeouts: Timeouts = Timeouts()
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,12 +419,61 @@ class Membership:
     upstreams: Mapping[str, Upstream]
 
 
+class VerifyClient(StrEnum):
+    """Whether clients of a host must show a certificate."""
+
+    OFF = "off"
+    OPTIONAL = "optional"
+    REQUIRED = "required"
+
+
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """Certificate and key of a host: paths inside the OpenResty container, already checked."""
+    """TLS of a host towards its clients: paths inside the OpenResty container, already checked.
+
+    Attributes:
+        verify_client: whether clients must show a certificate that `client_ca` vouches for.
+        hsts: value of the Strict-Transport-Security header; empty for none.
+    """
 
     certificate: str
     key: str
+    verify_client: VerifyClient = VerifyClient.OFF
+    client_ca: str = ""
+    hsts: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BackendTls:
+    """TLS towards the peers of an upstream: its identity, which decides what connections it shares.
+
+    Attributes:
+        verify: the certificate of the peer is verified, against `ca` and for `name`.
+        ca: path of the CA inside the OpenResty container; empty takes the system's.
+        name: server name to ask and to verify for; empty takes the host of the route.
+        certificate, key: what we show the peer; paths, empty for nothing.
+    """
+
+    verify: bool = False
+    ca: str = ""
+    name: str = ""
+    certificate: str = ""
+    key: str = ""
+
+
+class Protocol(StrEnum):
+    """What is spoken with the peers."""
+
+    HTTP = "http"
+    GRPC = "grpc"
+
+
+@dataclass(frozen=True, slots=True)
+class Redirect:
+    """All requests of a host are sent elsewhere: to `target` (scheme optional) + request URI."""
+
+    host: str
+    target: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +486,10 @@ class Location:
         tls_only: plain HTTP is redirected to TLS.
         websocket_endpoints: paths named by labels; sorted. Websockets work everywhere without,
             these are only checked to lie within the context root's host.
+        backend_tls: TLS towards the peers; None for none.
+        mirror: name of the upstream that gets a copy of each request; empty for none.
+        directives: raw nginx directives, each with its semicolon, of kinds that the operator
+            allows by name; already checked.
     """
 
     path: str
@@ -266,6 +497,10 @@ class Location:
     rewrite: bool = False
     tls_only: bool = False
     websocket_endpoints: tuple[str, ...] = ()
+    backend_tls: BackendTls | None = None
+    protocol: Protocol = Protocol.HTTP
+    mirror: str = ""
+    directives: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,19 +511,38 @@ class Host:
         name: lower case, IDN in its ASCII form.
         aliases: further names with the very same locations and TLS; sorted.
         locations: sorted by path.
+        redirects: names among the host's own that are sent elsewhere; sorted.
+        passthrough: name of the upstream that gets the TLS connections of this host unopened;
+            empty for none. Needs the stream module.
     """
 
     name: str
     aliases: tuple[str, ...]
     locations: tuple[Location, ...]
     tls: Tls | None = None
+    redirects: tuple[Redirect, ...] = ()
+    passthrough: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TcpRoute:
+    """A port of the proxy whose connections go to an upstream unopened. Needs the stream module."""
+
+    port: int
+    upstream: str
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """All that is rendered; hosts sorted by name."""
+    """All that is rendered; hosts sorted by name, TCP routes by port.
+
+    Attributes:
+        default: locations for requests of hosts that nobody claims; none answers them with 503.
+    """
 
     hosts: tuple[Host, ...]
+    default: tuple[Location, ...] = ()
+    tcp: tuple[TcpRoute, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

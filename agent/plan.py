@@ -7,11 +7,13 @@ agent remembers (which hosts linger, what OpenResty refused) comes in as `Runnin
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
+from agent import policies
 from agent.driver.parts import Connect, Rendered, Renderer, diff
 from agent.driver.targets import Target
 from agent.errors import DriverError
@@ -21,7 +23,6 @@ from agent.model import (
     Location,
     Membership,
     Peer,
-    Policy,
     Rejection,
     Site,
     Upstream,
@@ -46,7 +47,7 @@ class _Route(_Part):
 
 class _Upstream(_Part):
     name: str
-    policy: str = "round_robin"
+    policy: Mapping[str, object] = Field(default_factory=lambda: {"algorithm": "round_robin"})
     hold_seconds: float = 0.0
     peers: tuple[object, ...] = ()
 
@@ -101,7 +102,7 @@ class Running(_Part):
     def lingering(self, desired: Desired) -> tuple[Upstream, ...]:
         """Upstreams that nobody asks for any more and that the agent keeps, empty, for a while."""
         return tuple(
-            Upstream(item.name, (), Policy(item.policy), item.hold_seconds)
+            Upstream(item.name, (), policies.from_json(item.policy), item.hold_seconds)
             for item in self.upstreams
             if not item.peers and item.name not in desired.membership.upstreams
         )
@@ -329,7 +330,8 @@ def _change(before: Upstream | None, after: Upstream) -> UpstreamChange:
         elif old[key] != new[key]:
             found.append(f"~ {_peer(old[key])} -> {_peer(new[key])}")
     if before.policy != after.policy:
-        found.append(f"~ policy {before.policy.algorithm} -> {after.policy.algorithm}")
+        old_policy, new_policy = policies.to_json(before.policy), policies.to_json(after.policy)
+        found.append(f"~ policy {json.dumps(old_policy)} -> {json.dumps(new_policy)}")
     if before.hold != after.hold:
         found.append(f"~ hold {before.hold:g} s -> {after.hold:g} s")
     return UpstreamChange(after.name, "changed", tuple(found))

@@ -23,6 +23,7 @@ from urllib3.connection import HTTPConnection
 from urllib3.connectionpool import HTTPConnectionPool
 from urllib3.exceptions import NewConnectionError
 
+from agent import policies
 from agent.config.settings import OpenResty
 from agent.driver.targets import Target
 from agent.errors import (
@@ -35,7 +36,7 @@ from agent.errors import (
     RevisionConflict,
     SiteRefused,
 )
-from agent.model import Membership, Peer, PeerState, Policy, Upstream
+from agent.model import Membership, Peer, PeerState, Upstream
 
 CONNECT_TIMEOUT = 3.0
 """Seconds for a connection to stand: an address on a network that we are not on never answers."""
@@ -290,19 +291,23 @@ def connector(settings: OpenResty) -> Callable[[Target], Instance]:
 def encode(upstream: Upstream) -> dict[str, object]:
     """An upstream as it goes over the wire."""
     return {
-        "policy": {"algorithm": upstream.policy.algorithm},
+        "policy": policies.to_json(upstream.policy),
         "hold": upstream.hold,
-        "peers": [
-            {
-                "id": peer.id,
-                "address": peer.address,
-                "port": peer.port,
-                "weight": peer.weight,
-                "state": peer.state.value,
-            }
-            for peer in upstream.peers
-        ],
+        "peers": [_peer_to_wire(peer) for peer in upstream.peers],
     }
+
+
+def _peer_to_wire(peer: Peer) -> dict[str, object]:
+    item: dict[str, object] = {
+        "id": peer.id,
+        "address": peer.address,
+        "port": peer.port,
+        "weight": peer.weight,
+        "state": peer.state.value,
+    }
+    if peer.backup:
+        item["backup"] = True
+    return item
 
 
 _PEER_STATES = {state.value: state for state in PeerState}
@@ -321,13 +326,14 @@ def decode(name: str, item: Mapping[str, Any]) -> Upstream:
             peer["port"],
             peer["weight"],
             _PEER_STATES[peer["state"]],
+            peer.get("backup", False),
         )
         for peer in item["peers"] or ()
     ]
     return Upstream(
         name=name,
         peers=tuple(sorted(peers, key=lambda peer: peer.id)),
-        policy=Policy(algorithm=str(item["policy"]["algorithm"])),
+        policy=policies.from_json(item["policy"]),
         hold=float(item.get("hold", 0.0)),
     )
 

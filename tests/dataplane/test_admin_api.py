@@ -177,7 +177,7 @@ BAD_UPSTREAMS = {
     "hold negative": ("a", upstream(hold=-1), "hold"),
     "hold too long": ("a", upstream(hold=300.5), "hold"),
     "hold text": ("a", {"hold": "1", "peers": []}, "hold"),
-    "policy no object": ("a", {"policy": "x", "peers": []}, "policy.algorithm"),
+    "policy no object": ("a", {"policy": "x", "peers": []}, "policy"),
     "algorithm": ("a", {"policy": {"algorithm": "A;b"}, "peers": []}, "policy.algorithm"),
     "too many peers": (
         "a",

@@ -8,6 +8,7 @@ local balancer = require "ngx.balancer"
 local codec = require "tidegate.codec"
 local metrics = require "tidegate.metrics"
 local pickers = require "tidegate.pickers"
+local policies = require "tidegate.policy"
 local store = require "tidegate.store"
 
 local ptr = ngx.shared.tidegate_ptr
@@ -42,6 +43,7 @@ local ejections = 0
 -- What the worker needs of a version; `blob` keeps the records alive.
 local function open(name, blob, number, before)
     local head, peers = codec.head(blob), codec.peers(blob)
+    local policy = policies.parse(codec.policy(blob, head))
     local candidates = head.up + head.draining
     if head.hold == 0 then
         candidates = candidates + head.probing
@@ -56,11 +58,13 @@ local function open(name, blob, number, before)
         draining = head.draining,
         probing = head.probing,
         hold = head.hold,
+        policy = policy,
         tries = tries > 1 and tries,
         hosts = {},
         accepting = {},     -- index of a draining peer → until when it may be sent to anyhow
         stats = metrics.of(name),
-        picker = pickers.new(codec.algorithm(blob, head), {
+        picker = pickers.new(policy.algorithm, {
+            policy = policy,
             peers = peers,
             count = head.up,
             uniform = head.uniform == 1,

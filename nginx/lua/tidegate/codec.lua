@@ -26,8 +26,8 @@ typedef struct {
     uint32_t total_weight; /* of the up ones */
     double hold;           /* seconds */
     uint16_t uniform;      /* 1: the up ones have all the same weight */
-    uint16_t algorithm;    /* length of the algorithm's name, which follows the peers */
-    uint32_t reserved;
+    uint16_t reserved;
+    uint32_t policy;       /* length of the policy's JSON text, which follows the peers */
 } tidegate_head_t;
 
 typedef struct {
@@ -39,11 +39,12 @@ typedef struct {
     uint16_t id_length;
     uint8_t state;
     uint8_t family;        /* 4 or 6 */
+    uint8_t backup;        /* 1: only while no other one can */
     uint8_t address[16];
 } tidegate_peer_t;
 ]]
 
-local MAGIC = 0x54473031
+local MAGIC = 0x54473032
 local HEAD_SIZE = ffi.sizeof("tidegate_head_t")
 local PEER_SIZE = ffi.sizeof("tidegate_peer_t")
 local ADDRESS_OFFSET = ffi.offsetof("tidegate_peer_t", "address")
@@ -101,8 +102,8 @@ end
 
 
 --- Packs an upstream.
--- @param upstream `{algorithm, hold, peers}`; each peer
---   `{id, family, bytes, port, weight, state, since}`; `peers` gets sorted
+-- @param upstream `{policy (JSON text), hold, peers}`; each peer
+--   `{id, family, bytes, port, weight, state, since, backup}`; `peers` gets sorted
 -- @return the value, and the number of peers that are being probed
 function _M.encode(upstream)
     local peers, order = upstream.peers, {}
@@ -116,7 +117,7 @@ function _M.encode(upstream)
     for _, peer in ipairs(rest) do
         order[#order + 1] = peer
     end
-    local text = #upstream.algorithm
+    local text = #upstream.policy
     for _, peer in ipairs(peers) do
         text = text + #peer.id
     end
@@ -126,8 +127,8 @@ function _M.encode(upstream)
     local head = cast(head_out, buffer)
     local records = cast(peer_out, buffer + HEAD_SIZE)
     local strings = buffer + HEAD_SIZE + #order * PEER_SIZE
-    copy(strings, upstream.algorithm, #upstream.algorithm)
-    local offset, total, uniform = #upstream.algorithm, 0, 1
+    copy(strings, upstream.policy, #upstream.policy)
+    local offset, total, uniform = #upstream.policy, 0, 1
     for index, peer in ipairs(order) do
         local record = records[index - 1]
         if index <= up then
@@ -144,6 +145,7 @@ function _M.encode(upstream)
         record.weight = peer.weight
         record.state = peer.state
         record.family = peer.family
+        record.backup = peer.backup and 1 or 0
         copy(record.address, peer.bytes, #peer.bytes)
         copy(strings + offset, peer.id, #peer.id)
         offset = offset + #peer.id
@@ -156,7 +158,7 @@ function _M.encode(upstream)
     head.total_weight = total
     head.hold = upstream.hold
     head.uniform = uniform
-    head.algorithm = #upstream.algorithm
+    head.policy = #upstream.policy
     return ffi_string(buffer, size), probing
 end
 
@@ -168,7 +170,7 @@ function _M.head(blob)
     end
     local head = head_type()
     copy(head, blob, HEAD_SIZE)
-    if head.magic ~= MAGIC or #blob < HEAD_SIZE + head.count * PEER_SIZE + head.algorithm then
+    if head.magic ~= MAGIC or #blob < HEAD_SIZE + head.count * PEER_SIZE + head.policy then
         return nil
     end
     return head
@@ -182,10 +184,10 @@ function _M.peers(blob)
 end
 
 
---- Name of the algorithm of packed `blob` with `head`.
-function _M.algorithm(blob, head)
+--- JSON text of the policy of packed `blob` with `head`.
+function _M.policy(blob, head)
     local at = HEAD_SIZE + head.count * PEER_SIZE
-    return sub(blob, at + 1, at + head.algorithm)
+    return sub(blob, at + 1, at + head.policy)
 end
 
 
@@ -204,12 +206,13 @@ function _M.decode(blob)
             weight = record.weight,
             state = record.state,
             since = record.since,
+            backup = record.backup == 1,
             bytes = sub(blob, address + 1, address + (record.family == 6 and 16 or 4)),
             id = sub(blob, id + 1, id + record.id_length),
         }
     end
-    -- Reading the name last keeps the blob, which the records point into, alive until here.
-    return { peers = peers, hold = head.hold, algorithm = _M.algorithm(blob, head) }
+    -- Reading the policy last keeps the blob, which the records point into, alive until here.
+    return { peers = peers, hold = head.hold, policy = _M.policy(blob, head) }
 end
 
 

@@ -6,6 +6,7 @@
 local codec = require "tidegate.codec"
 local json = require "tidegate.json"
 local pickers = require "tidegate.pickers"
+local policies = require "tidegate.policy"
 local posix = require "tidegate.posix"
 
 local byte = string.byte
@@ -145,6 +146,9 @@ local function read_peer(errors, name, index, item, ids)
     if not state then
         wrong("state", "; expected up or draining")
     end
+    if item.backup ~= nil and type(item.backup) ~= "boolean" then
+        wrong("backup", "; expected true or false")
+    end
     if #errors > before then
         return nil
     end
@@ -155,13 +159,14 @@ local function read_peer(errors, name, index, item, ids)
         port = item.port,
         weight = weight,
         state = state,
+        backup = item.backup == true,
     }
 end
 
 
 --- Reads one upstream.
 -- @param errors list that faults are added to
--- @param unsupported set of algorithms asked for that this instance lacks, added to
+-- @param unsupported set of algorithms and fields of policies that this instance lacks, added to
 -- @return the upstream as `codec.encode` takes it, without the peers' `since`; nil if faulty
 function _M.read_upstream(name, item, errors, unsupported)
     if not _M.is_name(name) then
@@ -173,14 +178,12 @@ function _M.read_upstream(name, item, errors, unsupported)
         return nil
     end
     local before = #errors
-    local algorithm = "round_robin"
-    if item.policy ~= nil then
-        algorithm = is_object(item.policy) and item.policy.algorithm
-        if type(algorithm) ~= "string" or #algorithm > 64
-                or not find(algorithm, "^[a-z0-9_]+$") then
-            fault(errors, name, "policy.algorithm", "is " .. shown(algorithm)
-                  .. "; expected a name of lower-case letters, digits and _")
-        elseif not pickers.has(algorithm) then
+    local policy = policies.read(item.policy, function(path, value, expected)
+        fault(errors, name, path, "is " .. shown(value) .. "; expected " .. expected)
+    end, unsupported)
+    if #errors == before then
+        local algorithm = policies.parse(policy).algorithm
+        if not pickers.has(algorithm) then
             unsupported[algorithm] = true
         end
     end
@@ -206,7 +209,7 @@ function _M.read_upstream(name, item, errors, unsupported)
     if #errors > before then
         return nil
     end
-    return { algorithm = algorithm, hold = hold, peers = peers }
+    return { policy = policy, hold = hold, peers = peers }
 end
 
 
@@ -236,9 +239,10 @@ function _M.show_upstream(upstream)
             .. ',"address":"' .. posix.format_address(peer.family, peer.bytes)
             .. '","port":' .. peer.port .. ',"weight":' .. peer.weight
             .. ',"state":"' .. (peer.state == codec.DRAINING and "draining" or "up")
-            .. '","live":{"state":"' .. codec.names[peer.state] .. '"}}'
+            .. (peer.backup and '","backup":true' or '"')
+            .. ',"live":{"state":"' .. codec.names[peer.state] .. '"}}'
     end
-    return '{"policy":{"algorithm":' .. json.quote(upstream.algorithm) .. '},"hold":'
+    return '{"policy":' .. upstream.policy .. ',"hold":'
         .. json.encode(upstream.hold) .. ',"peers":[' .. concat(parts, ",") .. "]}"
 end
 

@@ -1,7 +1,7 @@
 --- The balancing algorithms, by the name that a policy gives.
 --
 -- A picker is made per worker and version of an upstream: `new(view, previous)` with
--- `view = {peers, count, uniform, total_weight}` (the admitted peers, index from 0) and the
+-- `view = {policy, peers, count, uniform, total_weight}` (the admitted peers, index from 0) and the
 -- picker of the version before, if any. `picker:next()` gives the index of the next peer. It must
 -- be O(log n) at most and must not yield.
 
