@@ -851,8 +851,12 @@ def as_json(desired: Desired) -> str:
         if isinstance(value, Peer):
             return f"{value.id} {value.address} {value.port} weight={value.weight} {value.state}"
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            fields = dataclasses.fields(value)
-            return {field.name: plain(getattr(value, field.name)) for field in fields}
+            # What is as it would be anyhow is left out, so that the file shows what was decided.
+            return {
+                field.name: plain(getattr(value, field.name))
+                for field in dataclasses.fields(value)
+                if getattr(value, field.name) != field.default or field.name == "algorithm"
+            }
         if isinstance(value, dict):
             return {name: plain(item) for name, item in value.items()}
         if isinstance(value, tuple):
