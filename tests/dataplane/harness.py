@@ -460,6 +460,15 @@ class Backend:
 
         _LOOP.run(close())
 
+    def drop(self) -> None:
+        """Closes its connections, and goes on listening."""
+
+        async def close() -> None:
+            for writer in list(self._writers):
+                writer.close()
+
+        _LOOP.run(close())
+
     def peer(self, **more: Any) -> dict[str, object]:
         """This backend as a peer on the wire; its id is its name."""
         return peer(self.port, **{"id": self.name, "address": self.address, **more})

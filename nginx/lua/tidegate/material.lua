@@ -22,7 +22,7 @@ local sub = string.sub
 
 local SEPARATOR = "\0"
 local RETRY = 30            -- seconds after which what was refused is read again, changed or not
-local SETTLING = 2          -- seconds that a problem may last unreported while the last good serves
+local SETTLING = 1          -- seconds that a problem may last unreported while the last good serves
 local MAX_OPEN = 2000       -- parsed ones in a worker; more are parsed again when they are needed
 
 local _M = {}

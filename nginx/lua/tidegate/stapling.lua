@@ -10,11 +10,9 @@ local posix = require "tidegate.posix"
 local ssl = require "ngx.ssl"
 local x509 = require "tidegate.x509"
 
-local ctl = ngx.shared.tidegate_ctl
 local dict = ngx.shared.tidegate_certificates
 
 local find = string.find
-local format = string.format
 local match = string.match
 local max = math.max
 local min = math.min
@@ -28,7 +26,7 @@ local tonumber = tonumber
 
 local MAX_RUNNING = 8
 local PATIENCE = 60         -- seconds after which a fetch that told nothing is begun anew
-local PAUSE = 300           -- seconds after a failed one
+local PAUSE = 60           -- seconds after a failed one
 local LONGEST = 3600        -- seconds until an answer is asked for again, or half of its validity
 local TIMEOUT = 5000        -- ms for connecting, for each write and each read
 local MAX_ANSWER = 65536
@@ -79,10 +77,11 @@ local function post(url, body)
     local ok
     ok, err = socket:connect(address, tonumber(port) or 80)
     if ok then
-        ok, err = socket:send(format(
-            "POST %s HTTP/1.0\r\nHost: %s\r\nContent-Type: application/ocsp-request\r\n"
-            .. "Content-Length: %d\r\nConnection: close\r\n\r\n%s",
-            path == "" and "/" or path, authority, #body, body))
+        ok, err = socket:send({
+            "POST ", path == "" and "/" or path, " HTTP/1.0\r\nHost: ", authority,
+            "\r\nContent-Type: application/ocsp-request\r\nContent-Length: ", #body,
+            "\r\nConnection: close\r\n\r\n", body,
+        })
     end
     local answer = ""
     while ok and #answer < MAX_ANSWER do
@@ -126,30 +125,30 @@ local function ask(pem, responder)
 end
 
 
-local function fetch(premature, number, pair, responder)
-    if premature then
+local function refresh(number, pair, responder)
+    local parsed, current = material.parse(pair)
+    if not parsed or current ~= number then
         return
     end
-    local parsed, current = material.parse(pair)
-    local answer, err
-    if parsed and current == number then
-        local ok
-        ok, answer, err = pcall(ask, parsed.pem, responder)
+    local answer, err = ask(parsed.pem, responder)
+    local at, pause = ngx.time(), PAUSE
+    if answer then
+        local left = (x509.next_update(answer) or at + LONGEST) - at
+        dict:safe_set("o" .. number, answer, max(left, 1))
+        pause = max(min(left / 2, LONGEST), 1)
+    else
+        ngx.log(ngx.ERR, "tidegate: OCSP responder ", responder, " of ", pair.paths[1], ": ", err)
+    end
+    dict:safe_set("t" .. number, at + pause, pause + PATIENCE)
+end
+
+
+local function fetch(premature, number, pair, responder)
+    if not premature then
+        local ok, err = pcall(refresh, number, pair, responder)
         if not ok then
-            answer, err = nil, answer
+            ngx.log(ngx.ERR, "tidegate: OCSP: ", err)
         end
-        local at = ngx.time()
-        local pause = PAUSE
-        if answer then
-            local left = (x509.next_update(answer) or at + LONGEST) - at
-            dict:safe_set("o" .. number, answer, max(left, 1))
-            pause = max(min(left / 2, LONGEST), 1)
-        else
-            ngx.log(ngx.WARN, "tidegate: OCSP responder ", responder, " of ", pair.paths[1], ": ",
-                    err)
-        end
-        ctl:incr(answer and "ocsp_ok" or "ocsp_failed", 1, 0)
-        dict:safe_set("t" .. number, at + pause, pause + PATIENCE)
     end
     running = running - 1
 end

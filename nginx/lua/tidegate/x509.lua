@@ -7,6 +7,7 @@ local ffi = require "ffi"
 local ssl = require "ngx.ssl"
 
 local C = ffi.C
+local cast = ffi.cast
 local ffi_new = ffi.new
 local find = string.find
 local gsub = string.gsub
@@ -107,7 +108,8 @@ end
 
 --- Until when an OCSP answer (DER) is valid, as a Unix time; nil where it does not say.
 function _M.next_update(answer)
-    local from = ffi_new("const unsigned char *[1]", answer)
+    local from = ffi_new("const unsigned char *[1]")
+    from[0] = cast("const unsigned char *", answer)
     local response = C.d2i_OCSP_RESPONSE(nil, from, #answer)
     local basic = response ~= nil and C.OCSP_response_get1_basic(response) or nil
     local single = basic ~= nil and C.OCSP_resp_get0(basic, 0) or nil
