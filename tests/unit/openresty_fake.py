@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-from agent.driver.openresty import Status
+from agent.driver.openresty import Status, version_of
 from agent.driver.parts import Rendered
 from agent.errors import (
     InstanceBusy,
@@ -112,6 +112,16 @@ class FakeClient:
         with self._server.lock:
             s = self._enter("membership")
             return s.revision, s.membership
+
+    def versions(self) -> tuple[int, Mapping[str, str]]:
+        with self._server.lock:
+            s = self._enter("versions")
+            upstreams = s.membership.upstreams.items()
+            return s.revision, {name: version_of(upstream) for name, upstream in upstreams}
+
+    def upstream(self, name: str) -> Upstream:
+        with self._server.lock:
+            return self._enter("upstream", name).membership.upstreams[name]
 
     def patch(self, *, writer, base_revision, revision, upsert, remove) -> None:
         with self._server.lock:
