@@ -50,6 +50,9 @@ log = logging.getLogger(__name__)
 MOST_READ = 100
 """Upstreams that are read one by one; of more than that, all are read in one go."""
 
+LITTLE_ROOM = 0.25
+"""Share of the shared dict below which its size is to be raised: a full one refuses pushes."""
+
 BUSY_WAIT = 0.05
 """Seconds until a push is tried again that met another one."""
 
@@ -225,7 +228,22 @@ class Worker:
             )
             for name, item in self._refused.items()
         )
-        return refused + self.quarantine.rejections(self.target.name)
+        return refused + self._room() + self.quarantine.rejections(self.target.name)
+
+    def _room(self) -> tuple[Rejection, ...]:
+        status = self._status
+        if status is None or status.dict_free >= status.dict_capacity * LITTLE_ROOM:
+            return ()
+        return (
+            Rejection(
+                subject=f"OpenResty {self.target.name}",
+                reason="dict_nearly_full",
+                message=f"{status.dict_free >> 10} kB of {status.dict_capacity >> 10} kB are left "
+                f"for upstreams, with {status.upstreams} upstreams and {status.peers} peers in it.",
+                hint="Start OpenResty with a larger TIDEGATE_DICT_SIZE; a full one refuses pushes "
+                "and serves what it has.",
+            ),
+        )
 
     # For the rollout.
 

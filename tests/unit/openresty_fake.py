@@ -51,6 +51,7 @@ class FakeOpenResty:
         self.lease_until = 0.0
         self.lease_ttl = 15.0
         self.nginx_version = 1022001
+        self.dict_capacity, self.dict_free = 0, 0
         self.calls: list[tuple[str, object]] = []
         self.down = False
         self.busy = 0
@@ -106,6 +107,8 @@ class FakeClient:
                 writer=s.writer,
                 upstreams=len(s.membership.upstreams),
                 nginx_version=s.nginx_version,
+                dict_capacity=s.dict_capacity,
+                dict_free=s.dict_free,
             )
 
     def membership(self) -> tuple[int, Membership]:

@@ -206,6 +206,18 @@ def test_an_agent_that_comes_back_to_a_large_membership_reads_what_differs_alone
     assert "membership" not in nginx.names()
 
 
+def test_a_dict_that_fills_up_is_told_before_it_is_full(nginx):
+    nginx.dict_capacity, nginx.dict_free = 64 << 20, 20 << 20
+    with running(nginx) as rig:
+        settle(rig, desired({"a": ("10.0.0.1",)}))
+        assert rig.fleet.rejections() == ()
+        nginx.dict_free = 10 << 20
+        (told,) = eventually(rig.fleet.rejections)
+    assert (told.reason, told.subject) == ("dict_nearly_full", "OpenResty nginx.1")
+    assert "10240 kB of 65536 kB" in told.message
+    assert "TIDEGATE_DICT_SIZE" in told.hint
+
+
 def test_drift_of_membership_is_found_by_the_heartbeat_and_mended(nginx):
     with running(nginx) as rig:
         settle(rig, desired({"a": ("10.0.0.1",)}))
