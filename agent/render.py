@@ -100,8 +100,7 @@ def render(site: Site, settings: Settings, caps: Capabilities) -> dict[str, str]
                 shared,
                 host=host,
                 tls=host.tls is not None and extension.ssl_port != 0,
-                verified=host.tls is not None
-                and host.tls.verify_client is VerifyClient.REQUIRED,
+                verified=host.tls is not None and host.tls.verify_client is VerifyClient.REQUIRED,
                 backends=_backends((item, host.name) for item in host.locations),
                 has_root=any(location.path == "/" for location in host.locations),
             )

@@ -442,9 +442,7 @@ class Backend:
     def listen(self) -> None:
         """Listens, at the port it had before if any."""
         self._server = _LOOP.run(
-            asyncio.start_server(
-                self._serve, self.address, self.port, backlog=1024, ssl=self.tls
-            )
+            asyncio.start_server(self._serve, self.address, self.port, backlog=1024, ssl=self.tls)
         )
         self.port = self._server.sockets[0].getsockname()[1]
 

@@ -63,30 +63,46 @@ def asked(seen: Seen) -> str | None:
     return name
 
 
-def test_a_peer_is_asked_for_by_the_host_unless_a_name_is_given(front: Front, peer: Backend) -> None:
+def test_a_peer_is_asked_for_by_the_host_unless_a_name_is_given(
+    front: Front, peer: Backend
+) -> None:
     front.push(
         routed("a", BackendTls()),
         routed("b", BackendTls(name="two.internal")),
         Host("*.dev.test", (), (Location("/", "c.test/", backend_tls=BackendTls()),)),
     )
-    assert get(front, "a") == get(front, "b") == get(front, "x.dev") == get(front, "y.dev") == (200, "b0")
+    assert (
+        get(front, "a")
+        == get(front, "b")
+        == get(front, "x.dev")
+        == get(front, "y.dev")
+        == (200, "b0")
+    )
     assert [asked(seen) for seen in peer.requests] == [
-        "a.test", "two.internal", "x.dev.test", "y.dev.test",
+        "a.test",
+        "two.internal",
+        "x.dev.test",
+        "y.dev.test",
     ]
 
 
 def test_p7_services_on_one_address_never_share_connections(
     front: Front, certs: Path, peer: Backend
 ) -> None:
-    """Two names, verified or not, and wrong ones: each request on a connection of its own identity."""
+    """Two names, verified or not, and wrong ones: each identity on connections of its own."""
     ca, ca2 = str(certs / "ca.pem"), str(certs / "ca2.pem")
     front.push(
         routed("a", BackendTls(verify=True, ca=ca, name="one.internal")),
         routed("b", BackendTls(verify=True, ca=ca, name="two.internal")),
         routed("c", BackendTls(name="one.internal")),
         # Right address and connection, wrong name or CA: these must fail, whatever is kept open.
-        routed("d", BackendTls(verify=True, ca=ca, name="three.internal"),
-               Location("/ca2", "a.test/", backend_tls=BackendTls(verify=True, ca=ca2, name="one.internal"))),
+        routed(
+            "d",
+            BackendTls(verify=True, ca=ca, name="three.internal"),
+            Location(
+                "/ca2", "a.test/", backend_tls=BackendTls(verify=True, ca=ca2, name="one.internal")
+            ),
+        ),
     )
     for _ in range(15):
         for name, wanted in (("a", "one.internal"), ("b", "two.internal"), ("c", "one.internal")):
@@ -113,7 +129,10 @@ def test_a_peers_certificate_is_verified_for_ca_and_name(front: Front, certs: Pa
     for tls, status in (
         (BackendTls(verify=True, ca=ca, name="one.internal"), 200),
         (BackendTls(verify=True, ca=ca2, name="one.internal"), 502),
-        (BackendTls(verify=True, ca=ca, name="a.test"), 200),  # what the peer shows where no name fits
+        (
+            BackendTls(verify=True, ca=ca, name="a.test"),
+            200,
+        ),  # what the peer shows where no name fits
         (BackendTls(verify=True, ca=ca, name="other.test"), 502),
         (BackendTls(verify=True, name="one.internal"), 502),  # the system's CAs do not know it
         (BackendTls(verify=False, ca=ca2, name="nobody"), 200),
@@ -139,10 +158,14 @@ def test_held_requests_prefixes_and_websockets_work_over_tls(
 ) -> None:
     tls = BackendTls(verify=True, ca=str(certs / "ca.pem"), name="one.internal")
     front.push(
-        Host("a.test", (), (
-            Location("/", "b.test/"),
-            Location("/app", "a.test/", rewrite=True, backend_tls=tls),
-        )),
+        Host(
+            "a.test",
+            (),
+            (
+                Location("/", "b.test/"),
+                Location("/app", "a.test/", rewrite=True, backend_tls=tls),
+            ),
+        ),
     )
     assert get(front, "a", "/app/x?y=1") == (200, "b0")
     assert peer.requests[-1].path == "/x?y=1"
@@ -152,7 +175,9 @@ def test_held_requests_prefixes_and_websockets_work_over_tls(
     admin = front.proxy.admin
     admin.put({"a.test/": upstream(hold=10)})
     found: list[tuple[int, str]] = []
-    thread = threading.Thread(target=lambda: found.append(get(front, "a", "/app/held", method="POST", body=b"1")))
+    thread = threading.Thread(
+        target=lambda: found.append(get(front, "a", "/app/held", method="POST", body=b"1"))
+    )
     thread.start()
     wait_until(lambda: admin.metrics().get('tidegate_no_peer_total{upstream="a.test/"}', 0) >= 1)
     admin.put({"a.test/": upstream(peer.peer(), hold=10)})
@@ -176,8 +201,12 @@ def test_a_peer_that_fails_is_retried_elsewhere_over_tls(
 
 
 def test_what_we_show_is_renewed_without_a_reload(front: Front, certs: Path) -> None:
-    with Backend("m", tls=server({"m": certs / "one.pem"}, clients=certs / "clients.pem")) as strict:
-        front.proxy.admin.put({"a.test/": upstream(strict.peer()), "b.test/": upstream(strict.peer())})
+    with Backend(
+        "m", tls=server({"m": certs / "one.pem"}, clients=certs / "clients.pem")
+    ) as strict:
+        front.proxy.admin.put(
+            {"a.test/": upstream(strict.peer()), "b.test/": upstream(strict.peer())}
+        )
         own = BackendTls(
             certificate=str(certs / "client.pem"), key=str(certs / "client.key"), name="m"
         )
@@ -215,13 +244,23 @@ def test_a_file_that_is_missing_refuses_its_route_alone_until_it_comes(
     data = path.read_bytes()
     path.unlink()
     tls = BackendTls(
-        verify=True, ca=str(certs / "ca.pem"), name="one.internal",
-        certificate=str(certs / "client.pem"), key=str(certs / "client.key"),
+        verify=True,
+        ca=str(certs / "ca.pem"),
+        name="one.internal",
+        certificate=str(certs / "client.pem"),
+        key=str(certs / "client.key"),
     )
-    front.push(Host("a.test", (), (
-        Location("/", "a.test/"), Location("/tls", "b.test/", backend_tls=tls),
-        Location("/other", "c.test/", backend_tls=BackendTls()),
-    )))
+    front.push(
+        Host(
+            "a.test",
+            (),
+            (
+                Location("/", "a.test/"),
+                Location("/tls", "b.test/", backend_tls=tls),
+                Location("/other", "c.test/", backend_tls=BackendTls()),
+            ),
+        )
+    )
     assert get(front, "a", "/tls")[0] == 502
     assert get(front, "a", "/other") == (200, "b0")
     assert peer.requests[-1].path == "/other"

@@ -7,7 +7,7 @@ import shutil
 import signal
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,8 +47,12 @@ def in_all_workers(front: Front, name: str, wanted: str) -> None:
     assert {front.get(name).serial for _ in range(12)} == {wanted}
 
 
-def test_each_name_gets_its_own_certificate_and_unknown_ones_none(front: Front, certs: Path) -> None:
-    front.push(host("a.test", certs / "a.pem", aliases=("www.a.test",)), host("b.test", certs / "b.pem"))
+def test_each_name_gets_its_own_certificate_and_unknown_ones_none(
+    front: Front, certs: Path
+) -> None:
+    front.push(
+        host("a.test", certs / "a.pem", aliases=("www.a.test",)), host("b.test", certs / "b.pem")
+    )
     assert front.get("a.test").serial == serial(certs / "a.pem")
     assert front.get("www.a.test").serial == serial(certs / "a.pem")
     assert front.get("b.test").serial == serial(certs / "b.pem")
@@ -60,7 +64,10 @@ def test_each_name_gets_its_own_certificate_and_unknown_ones_none(front: Front, 
 def test_a_renewed_certificate_is_served_without_a_reload(front: Front, certs: Path) -> None:
     front.push(host("a.test", certs / "a.pem"), host("b.test", certs / "b.pem"))
     wait_until(lambda: len(front.proxy.workers()) == 2)
-    workers, changes = front.proxy.workers(), front.proxy.admin.metrics()["tidegate_site_changes_total"]
+    workers, changes = (
+        front.proxy.workers(),
+        front.proxy.admin.metrics()["tidegate_site_changes_total"],
+    )
     assert front.get("a.test").serial == serial(certs / "a.pem")
     renew(certs / "a.pem", certs / "a2.pem")
     in_all_workers(front, "a.test", serial(certs / "a2.pem"))
@@ -103,7 +110,16 @@ def test_a_reload_in_the_middle_of_a_renewal_loses_neither(front: Front, certs: 
         (lambda d: _encrypt(d / "a.key"), "certificate_unreadable", "encrypted"),
         (lambda d: _make_directory(d / "a.pem"), "certificate_unreadable", "directory"),
     ],
-    ids=["missing", "key-missing", "garbage", "empty", "key-garbage", "mismatch", "encrypted", "directory"],
+    ids=[
+        "missing",
+        "key-missing",
+        "garbage",
+        "empty",
+        "key-garbage",
+        "mismatch",
+        "encrypted",
+        "directory",
+    ],
 )
 def test_a_bad_certificate_refuses_its_host_alone_until_it_is_cured(
     front: Front, certs: Path, break_it: Callable[[Path], object], reason: str, tells: str
@@ -118,7 +134,9 @@ def test_a_bad_certificate_refuses_its_host_alone_until_it_is_cured(
     assert tells in front.problems("a.test")[reason]
     assert front.problems("b.test") == {}
     metrics = front.proxy.admin.metrics()
-    assert metrics[f'tidegate_certificate_problem{{host="a.test",backend="",reason="{reason}"}}'] == 1
+    assert (
+        metrics[f'tidegate_certificate_problem{{host="a.test",backend="",reason="{reason}"}}'] == 1
+    )
     assert not any("expiry" in name and '"a.test"' in name for name in metrics)
     for suffix, data in good.items():
         if (certs / f"a{suffix}").is_dir():
@@ -141,7 +159,9 @@ def _make_directory(path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["missing", "garbage", "mismatch", "half-renewed", "expired"])
-def test_the_last_good_one_serves_on_also_over_a_reload(front: Front, certs: Path, what: str) -> None:
+def test_the_last_good_one_serves_on_also_over_a_reload(
+    front: Front, certs: Path, what: str
+) -> None:
     front.push(host("a.test", certs / "a.pem"))
     before = serial(certs / "a.pem")
     assert front.get("a.test").serial == before
@@ -199,7 +219,9 @@ def test_expiry_is_a_metric_and_warned_of_in_time(front: Front, certs: Path) -> 
 
 
 def test_a_default_certificate_answers_names_that_nobody_claims(proxy: Proxy, certs: Path) -> None:
-    front = Front(proxy, SSLDefaultCert=str(certs / "b.pem"), SSLDefaultCertKey=str(certs / "b.key"))
+    front = Front(
+        proxy, SSLDefaultCert=str(certs / "b.pem"), SSLDefaultCertKey=str(certs / "b.key")
+    )
     front.push(host("a.test", certs / "a.pem"))
     assert front.get("c.test").serial == serial(certs / "b.pem")
     serving = serial(certs / "b.pem")
@@ -261,10 +283,10 @@ def test_keys_are_nowhere_but_in_their_file(front: Front, certs: Path) -> None:
 
 
 @pytest.fixture
-def one_worker(make_proxy: Callable[..., Proxy]) -> Iterator[Proxy]:
+def one_worker(make_proxy: Callable[..., Proxy]) -> Proxy:
     proxy = make_proxy(workers=1)
     proxy.start()
-    yield proxy
+    return proxy
 
 
 def test_a_thousand_hosts_are_looked_at_without_requests_waiting(
@@ -303,7 +325,9 @@ def test_a_host_that_is_gone_is_forgotten(front: Front, certs: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1 is deprecated")
-def test_old_protocols_are_spoken_when_the_settings_say_so(proxy: Proxy, certs: Path, backend: Backend) -> None:
+def test_old_protocols_are_spoken_when_the_settings_say_so(
+    proxy: Proxy, certs: Path, backend: Backend
+) -> None:
     proxy.admin.put({"a.test/": upstream(backend.peer())})
     front = Front(proxy)
     front.push(host("a.test", certs / "a.pem"))
@@ -314,7 +338,8 @@ def test_old_protocols_are_spoken_when_the_settings_say_so(proxy: Proxy, certs: 
     old.set_ciphers("DEFAULT@SECLEVEL=0")
     assert front.refuses("a.test", context=old)
     front.settings = {
-        "SSLProtocols": "TLSv1 TLSv1.1 TLSv1.2", "SSLCiphers": "DEFAULT@SECLEVEL=0",
+        "SSLProtocols": "TLSv1 TLSv1.1 TLSv1.2",
+        "SSLCiphers": "DEFAULT@SECLEVEL=0",
     }
     front.push(host("a.test", certs / "a.pem"))
     assert front.get("a.test", context=old).version == "TLSv1"

@@ -37,14 +37,16 @@ def certs(made: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def front(proxy: Proxy, backend: Backend, certs: Path) -> Front:
-    """`open` does not ask, `asks` would like one of `ca`, `closed` wants one, `other` one of `ca2`."""
+    """`open` does not ask, `asks` would like one of `ca`; `closed` wants one, `other` of `ca2`."""
     proxy.admin.put({f"{name}/": upstream(backend.peer()) for name in NAMES})
     front = Front(proxy)
     own, ca, ca2 = certs / "server.pem", str(certs / "ca.pem"), str(certs / "ca2.pem")
     front.push(
         host("open.test", own),
         host("asks.test", own, verify_client=VerifyClient.OPTIONAL, client_ca=ca),
-        host("closed.test", own, verify_client=VerifyClient.REQUIRED, client_ca=ca, hsts="max-age=1"),
+        host(
+            "closed.test", own, verify_client=VerifyClient.REQUIRED, client_ca=ca, hsts="max-age=1"
+        ),
         host("other.test", own, verify_client=VerifyClient.REQUIRED, client_ca=ca2),
     )
     return front
@@ -52,14 +54,20 @@ def front(proxy: Proxy, backend: Backend, certs: Path) -> Front:
 
 def test_required_lets_in_who_shows_one_of_the_ca(front: Front, certs: Path) -> None:
     assert front.get("closed.test", show=certs / "good.pem").answer.text == "b0"
-    for show, says in ((None, "No required"), (certs / "foreign.pem", "certificate error"), (certs / "late.pem", "certificate error")):
+    for show, says in (
+        (None, "No required"),
+        (certs / "foreign.pem", "certificate error"),
+        (certs / "late.pem", "certificate error"),
+    ):
         answer = front.get("closed.test", show=show).answer
         assert answer.status == 400
         assert says in answer.text
         assert answer.headers["strict-transport-security"] == "max-age=1"
 
 
-def test_optional_lets_in_who_shows_none_but_not_who_shows_a_bad_one(front: Front, certs: Path) -> None:
+def test_optional_lets_in_who_shows_none_but_not_who_shows_a_bad_one(
+    front: Front, certs: Path
+) -> None:
     assert front.get("asks.test").answer.text == "b0"
     assert front.get("asks.test", show=certs / "good.pem").answer.text == "b0"
     assert front.get("asks.test", show=certs / "foreign.pem").answer.status == 400
@@ -121,7 +129,8 @@ def test_a_resumed_session_does_not_get_round_it(
 def test_plain_http_does_not_get_round_it(front: Front) -> None:
     answer = request(front.proxy.http_port, "/x?y", host="closed.test")
     assert (answer.status, answer.headers["location"]) == (
-        308, f"https://closed.test:{front.tls_port}/x?y",
+        308,
+        f"https://closed.test:{front.tls_port}/x?y",
     )
 
 
@@ -130,15 +139,27 @@ def test_clients_that_name_no_host_do_not_get_round_it(
     front: Front, certs: Path, default: bool
 ) -> None:
     if default:
-        front.settings = {"SSLDefaultCert": str(certs / "server.pem"), "SSLDefaultCertKey": str(certs / "server.key")}
+        front.settings = {
+            "SSLDefaultCert": str(certs / "server.pem"),
+            "SSLDefaultCertKey": str(certs / "server.key"),
+        }
         own = certs / "server.pem"
-        front.push(host("closed.test", own, verify_client=VerifyClient.REQUIRED, client_ca=str(certs / "ca.pem")))
+        front.push(
+            host(
+                "closed.test",
+                own,
+                verify_client=VerifyClient.REQUIRED,
+                client_ca=str(certs / "ca.pem"),
+            )
+        )
         assert front.get("closed.test", ask="", show=certs / "good.pem").answer.status == 400
     else:
         assert front.refuses("closed.test", ask="", show=certs / "good.pem")
 
 
-@pytest.mark.parametrize(("text", "reason"), [(None, "client_ca_missing"), ("no", "client_ca_unreadable")])
+@pytest.mark.parametrize(
+    ("text", "reason"), [(None, "client_ca_missing"), ("no", "client_ca_unreadable")]
+)
 def test_a_ca_that_cannot_be_read_concerns_its_host_alone(
     front: Front, certs: Path, text: str | None, reason: str
 ) -> None:

@@ -44,7 +44,9 @@ def respond(certs: Path, port: int) -> Iterator[Callable[[str], None]]:
         shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         serial = shown.strip().partition("=")[2]
         revoked = "250101000000Z" if state == "R" else ""
-        (certs / "index").write_text(f"{state}\t990101000000Z\t{revoked}\t{serial}\tunknown\t/CN=a\n")
+        (certs / "index").write_text(
+            f"{state}\t990101000000Z\t{revoked}\t{serial}\tunknown\t/CN=a\n"
+        )
         running.append(
             subprocess.Popen(
                 [
@@ -72,7 +74,8 @@ def respond(certs: Path, port: int) -> Iterator[Callable[[str], None]]:
 def stapled(front: Front, name: str) -> bool:
     """Whether a client that asks for it gets a good OCSP answer for `name`."""
     found = subprocess.run(
-        ["openssl", "s_client", "-connect", f"127.0.0.1:{front.tls_port}", "-servername", name, "-status"],
+        ["openssl", "s_client", "-connect", f"127.0.0.1:{front.tls_port}",
+         "-servername", name, "-status"],
         input=b"", capture_output=True, check=False,
     ).stdout.decode()  # fmt: skip
     assert "BEGIN CERTIFICATE" in found
@@ -100,9 +103,7 @@ def test_a_certificate_without_a_responder_has_none(proxy: Proxy, certs: Path) -
     assert front.problems("b.test") == {}
 
 
-def test_a_responder_that_never_answers_delays_nobody(
-    proxy: Proxy, certs: Path, port: int
-) -> None:
+def test_a_responder_that_never_answers_delays_nobody(proxy: Proxy, certs: Path, port: int) -> None:
     with socket.create_server(("127.0.0.1", port)) as silent:
         front = Front(proxy)
         front.push(host("a.test", certs / "a.pem"))

@@ -147,9 +147,7 @@ def client(show: Path | None = None) -> ssl.SSLContext:
     return context
 
 
-def server(
-    certificates: Mapping[str, Path], *, clients: Path | None = None
-) -> ssl.SSLContext:
+def server(certificates: Mapping[str, Path], *, clients: Path | None = None) -> ssl.SSLContext:
     """A TLS server with a certificate per name that is asked for; the first where none fits.
 
     Its connections carry the name that was asked for as `asked` of their SSL object.
@@ -177,9 +175,7 @@ def server(
     return first
 
 
-def host(
-    name: str, certificate: Path | None, *, aliases: tuple[str, ...] = (), **tls: Any
-) -> Host:
+def host(name: str, certificate: Path | None, *, aliases: tuple[str, ...] = (), **tls: Any) -> Host:
     """A host with one location, on upstream `NAME/`."""
     front = None
     if certificate is not None:
