@@ -159,6 +159,7 @@ class State:
                     "message": item.message,
                     "hint": item.hint,
                     "source": item.source,
+                    "served": item.served,
                 }
                 for item in self.rejections
             ],

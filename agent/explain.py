@@ -187,7 +187,7 @@ class _Teller:
         self._snapshot = snapshot
         self._settings = settings
         self._desired = desired
-        self._refusals = {item.subject: item for item in refusals}
+        self._refusals = tuple(refusals)
         self._by_name = {
             name: host for host in desired.site.hosts for name in (host.name, *host.aliases)
         }
@@ -284,17 +284,17 @@ class _Teller:
             )
         else:
             steps.append(_place_in_site(name, host))
-            quarantine = self._refused_parts(host)
-            steps += quarantine
-            refused = bool(quarantine)
+            told, refused = self._refused_parts(host)
+            steps += told
+            whole = not refused
             for location in host.locations:
                 upstream = self._desired.membership.upstreams.get(location.upstream)
                 more, serves = _tell_location(host, location, upstream)
-                lost = self._refused_parts(location)
-                steps += more + lost
-                refused = refused or bool(lost)
+                told, lost = self._refused_parts(location)
+                steps += more + told
+                refused = refused or lost
                 routed = routed or (serves and not lost)
-            routed = routed and not quarantine
+            routed = routed and whole
         for workload in self._claiming(name):
             steps.append(Step(Outcome.NOTE, f"{subject_of(workload)} asks for {name}."))
             steps += [_refusal(rejection) for rejection in self._refused(workload)]
@@ -394,15 +394,14 @@ class _Teller:
             if rejection.subject == subject and rejection.source == workload.key.source
         ]
 
-    def _refused_parts(self, *parts: Host | Location) -> list[Step]:
-        """What OpenResty refused of these hosts and locations, each refusal once."""
-        subjects = (
+    def _refused_parts(self, *parts: Host | Location) -> tuple[list[Step], bool]:
+        """What OpenResty says of these hosts and locations, and whether it refused one of them."""
+        subjects = [
             f"host {part.name}" if isinstance(part, Host) else f"upstream {part.upstream}"
             for part in parts
-        )
-        return [
-            _refusal(self._refusals[subject]) for subject in subjects if subject in self._refusals
         ]
+        found = [item for item in self._refusals if item.subject in subjects]
+        return [_refusal(item) for item in found], not all(item.served for item in found)
 
     def _tell_route(self, workload: Workload, route: Route) -> tuple[list[Step], bool, bool]:
         """The steps, whether it is served, and whether OpenResty refused some of it."""
@@ -441,10 +440,10 @@ class _Teller:
                         "" if up else "See below what its instances are waiting for.",
                     )
                 )
-            parts = self._refused_parts(host, found)
-            steps += [step for step in parts if step not in steps]
-            refused = refused or bool(parts)
-            serves = serves or (up > 0 and not parts)
+            told, stopped = self._refused_parts(host, found)
+            steps += [step for step in told if step not in steps]
+            refused = refused or stopped
+            serves = serves or (up > 0 and not stopped)
         return steps, serves, refused
 
     def _instance_step(self, workload: Workload, instance: Instance, examined: Examined) -> Step:
@@ -491,7 +490,8 @@ def _location(host: Host | None, root: str) -> Location | None:
 
 
 def _refusal(rejection: Rejection) -> Step:
-    outcome = Outcome.NOTE if rejection.reason == Reason.LABEL_IGNORED else Outcome.FAILED
+    serves = rejection.served or rejection.reason == Reason.LABEL_IGNORED
+    outcome = Outcome.NOTE if serves else Outcome.FAILED
     return Step(outcome, f"{rejection.reason}: {rejection.message}", rejection.hint)
 
 

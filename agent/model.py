@@ -152,6 +152,7 @@ class Rejection:
         message: a sentence for people: the label, the value, what is wrong with it.
         hint: what to do about it.
         source: name of the source that the subject comes from, empty for hosts.
+        served: it is served nevertheless: a warning.
     """
 
     subject: str
@@ -159,6 +160,7 @@ class Rejection:
     message: str
     hint: str
     source: str = ""
+    served: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pydantic import BaseModel, ConfigDict, Field
 
 from agent import policies
+from agent.driver import certificates
 from agent.driver.openresty import Build
 from agent.driver.parts import Connect, Rendered, Renderer, diff
 from agent.driver.targets import Target
@@ -30,7 +31,7 @@ from agent.model import (
     Upstream,
 )
 
-REFUSALS = frozenset({"host_quarantined", "upstream_refused"})
+REFUSALS = certificates.REASONS | {"host_quarantined", "upstream_refused", "http3_unavailable"}
 """Reasons of what OpenResty refused: no compilation, only the agent that pushed knows of these."""
 
 
@@ -80,7 +81,7 @@ class Running(_Part):
 
     @property
     def refusals(self) -> tuple[Rejection, ...]:
-        """What OpenResty refused."""
+        """What OpenResty refused, or serves and warns of."""
         return tuple(item for item in self.rejections if item.reason in REFUSALS)
 
     @property

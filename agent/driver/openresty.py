@@ -85,7 +85,7 @@ class Status:
         instance: id of the running OpenResty, new at each start.
         source: where its membership came from: "push", "disk" or "none".
         build: what its nginx is.
-        certificates_serial: grows when a problem with a certificate comes or goes.
+        certificates_serial: changes when a problem with a certificate comes or goes.
     """
 
     instance: str

@@ -92,6 +92,12 @@ function _M.files()
 end
 
 
+--- Number of the configuration that this process was made from; larger for newer ones.
+function _M.load_number()
+    return load
+end
+
+
 --- The files of the site that the configuration being loaded is made of, name to text.
 function _M.texts()
     local texts = {}
