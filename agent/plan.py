@@ -340,4 +340,5 @@ def _change(before: Upstream | None, after: Upstream) -> UpstreamChange:
 def _peer(peer: Peer) -> str:
     host = f"[{peer.address}]" if ":" in peer.address else peer.address
     weight = f" weight {peer.weight}" if peer.weight != 1 else ""
-    return f"{peer.id} {host}:{peer.port} {peer.state.value}{weight}"
+    backup = " backup" if peer.backup else ""
+    return f"{peer.id} {host}:{peer.port} {peer.state.value}{weight}{backup}"
