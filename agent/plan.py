@@ -331,10 +331,21 @@ def _change(before: Upstream | None, after: Upstream) -> UpstreamChange:
             found.append(f"~ {_peer(old[key])} -> {_peer(new[key])}")
     if before.policy != after.policy:
         old_policy, new_policy = policies.to_json(before.policy), policies.to_json(after.policy)
-        found.append(f"~ policy {json.dumps(old_policy)} -> {json.dumps(new_policy)}")
+        found += [
+            f"~ {key} {_told(old_policy.get(key))} -> {_told(new_policy.get(key))}"
+            for key in sorted(old_policy.keys() | new_policy.keys())
+            if old_policy.get(key) != new_policy.get(key)
+        ]
     if before.hold != after.hold:
         found.append(f"~ hold {before.hold:g} s -> {after.hold:g} s")
     return UpstreamChange(after.name, "changed", tuple(found))
+
+
+def _told(value: object) -> str:
+    """A field of a policy; what it does not say is as usual."""
+    if value is None:
+        return "default"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _peer(peer: Peer) -> str:

@@ -238,15 +238,13 @@ _LONGEST_GUESSED = 80
 def _nearest(dialect: Dialect, label: str) -> str:
     if len(label) > _LONGEST_GUESSED:
         return ""
+    name, _, rest = label[len(dialect.prefix) :].partition(".")
+    if _ROUTE_NAME.fullmatch(name) and name not in _FIRST_WORDS[dialect.prefix]:
+        near = difflib.get_close_matches(rest.lower(), _OPTIONS[dialect.prefix], n=1, cutoff=0.8)
+        if near:
+            return f"{dialect.prefix}{name}.{near[0]}"
     known = [item for item in KNOWN_LABELS if item.startswith(dialect.prefix)]
-    near = difflib.get_close_matches(label.lower(), known, n=1, cutoff=0.8)
-    if near:
-        return near[0]
-    name, dot, rest = label[len(dialect.prefix) :].partition(".")
-    if not (dot and _ROUTE_NAME.fullmatch(name)):
-        return ""
-    near = difflib.get_close_matches(rest.lower(), _OPTIONS[dialect.prefix], n=1, cutoff=0.8)
-    return f"{dialect.prefix}{name}.{near[0]}" if near else ""
+    return next(iter(difflib.get_close_matches(label.lower(), known, n=1, cutoff=0.8)), "")
 
 
 def _beside(workload: Workload, loser: _Labels) -> Rejection:

@@ -49,6 +49,7 @@ class Reader:
         self._route = route
         self._subject = subject
         self._source = source
+        self._bad: set[str] = set()
 
     def has(self, option: str) -> bool:
         """Whether that option is given."""
@@ -76,7 +77,7 @@ class Reader:
 
     def idle(self, option: str, why: str, hint: str) -> None:
         """Tell of an option without effect, where it is given."""
-        if self.has(option):
+        if self.has(option) and option not in self._bad:
             self.note(f"{self.label(option)} has no effect {why}.", hint)
 
     def text(
@@ -103,6 +104,7 @@ class Reader:
         except InvalidValueError as error:
             self.invalid(written, Reason.INVALID_LABEL, error)
             self.refused = True
+            self._bad.add(option)
             return default
 
     def written(self, option: str) -> Iterator[Written]:
@@ -114,9 +116,10 @@ class Reader:
                 yield written
                 continue
             # What is too long is left whole, and refused for that.
-            parts = written.value.split(",") if len(written.value) <= _LONGEST_LIST else ()
-            yield from (Written(written.label, part) for part in parts if part.strip())
-            if not parts:
+            parts = written.value.split(",") if len(written.value) <= _LONGEST_LIST else []
+            given = [part for part in parts if part.strip()]
+            yield from (Written(written.label, part) for part in given)
+            if not given:
                 yield written
 
     def several(

@@ -284,12 +284,11 @@ def _front(reader: Reader, context_root: str, *, to_tls: bool) -> _Front:
         return _passthrough(reader, context_root)
     if reader.dialect.secrets and tls is None and (certificate or key):
         tls = True
-    if only and tls is False:
+    if (only or to_tls) and tls is False:
         reader.reject(
             Reason.INVALID_LABEL,
-            f"{reader.label('ssl_only')} is on while {reader.label('ssl')} is off.",
-            f"Remove {reader.label('ssl')} ({reader.label('ssl_only')} implies it), or turn "
-            f"{reader.label('ssl_only')} off.",
+            f"{reader.label('ssl_only' if only else 'redirects')} is on while {reader.label('ssl')} is off.",
+            f"Remove {reader.label('ssl')} (the other implies it), or turn the other off.",
         )
     if verify is VerifyClient.REQUIRED and only is False:
         reader.reject(
@@ -308,13 +307,13 @@ def _front(reader: Reader, context_root: str, *, to_tls: bool) -> _Front:
             f"Name the file of the CA in {reader.label('ssl_client_ca')}.",
         )
     speaks = tls or only or (tls is None and verify is not VerifyClient.OFF)
+    if tls is False and verify is not VerifyClient.OFF:
+        reader.reject(
+            Reason.INVALID_LABEL,
+            f"{reader.label('ssl_verify_client')} is on while {reader.label('ssl')} is off.",
+            f"Remove {reader.label('ssl')}.",
+        )
     if not speaks and not reader.refused:
-        if tls is False and verify is not VerifyClient.OFF:
-            reader.reject(
-                Reason.INVALID_LABEL,
-                f"{reader.label('ssl_verify_client')} is on while {reader.label('ssl')} is off.",
-                f"Remove {reader.label('ssl')}.",
-            )
         for option in ("ssl_cert", "ssl_cert_key", "hsts"):
             reader.idle(
                 option,

@@ -383,7 +383,9 @@ def test_tls_without_a_certificate_takes_the_default():
     assert "interlock.ssl_cert" in refusal.hint
     options = settings(ssl_default_cert="d.pem", ssl_default_cert_key="/run/secrets/d.key")
     desired = compiled(web, options=options)
-    assert host(desired, "a.local").tls == Tls("/etc/tidegate/certs/d.pem", "/run/secrets/d.key")
+    assert host(desired, "a.local").tls == Tls(
+        "/etc/tidegate/certs/d.pem", "/run/secrets/d.key", hsts="max-age=16000000"
+    )
     assert host(desired, "a.local").locations[0].tls_only
 
 
