@@ -1476,7 +1476,7 @@ class Compiler:
         return Host(
             name=name,
             aliases=aliases,
-            locations=self._locations(name, known.table),
+            locations=self._locations(name, known.table.slots),
             tls=known.table.tls,
             redirects=tuple(sorted(redirects, key=lambda redirect: redirect.host)),
             passthrough=name + "/" if known.table.passthrough and opened else "",
@@ -1486,7 +1486,8 @@ class Compiler:
         """The default backend, or a port; tells whether it is another."""
         known = self._names.get(name)
         if name == DEFAULT:
-            old, self._default = self._default, self._locations(name, known.table) if known else ()
+            slots = known.table.slots if known is not None else ()
+            old, self._default = self._default, self._locations(name, slots)
             return old != self._default
         port = int(name.removeprefix(_TCP))
         before = self._tcp.pop(port, None)
@@ -1494,7 +1495,7 @@ class Compiler:
             self._tcp[port] = name + "/"
         return before != self._tcp.get(port)
 
-    def _locations(self, name: str, table: Table) -> tuple[Location, ...]:
+    def _locations(self, name: str, slots: tuple[Slot, ...]) -> tuple[Location, ...]:
         rejections: list[Rejection] = []
         locations = tuple(
             Location(
@@ -1508,7 +1509,7 @@ class Compiler:
                 mirror=self._mirror(name, slot, rejections),
                 directives=slot.options.directives,
             )
-            for slot in table.slots
+            for slot in slots
         )
         self._note_rejections(("mirror", name), tuple(rejections))
         return locations
