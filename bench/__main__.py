@@ -52,9 +52,7 @@ def proxies_section(proxies: Sequence[type[Proxy]], left_out: Sequence[str]) -> 
             files = Certificate(home / "tls.crt", home / "tls.key", bundle)
             proxy.prepare(Setup(place(home, kind.key), routes, tls=files))
             text = proxy.configuration().replace(str(home), "/tmp/bench").rstrip()
-            parts.append(
-                f"<details><summary>{kind.name}</summary>\n\n```\n{text}\n```\n</details>"
-            )
+            parts.append(f"<details><summary>{kind.name}</summary>\n\n```\n{text}\n```\n</details>")
     rows = [
         [kind.name, kind.version(), kind.how, "yes" if kind.retries_by_default else "no"]
         for kind in proxies

@@ -1,4 +1,4 @@
-"""The backends behind the proxies: many that only stand there and answer, or few that come and go."""
+"""The backends behind the proxies: many that only stand there, or few that come and go."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Living:
         assert popen.stdout is not None
         popen.stdin.write(line + "\n")
         popen.stdin.flush()
-        answer = popen.stdout.readline().strip()
+        answer = str(popen.stdout.readline()).strip()
         if not answer:
             popen.wait(5)
             self._process.check()

@@ -83,9 +83,13 @@ def lines(
         colour = _COLOURS[number % len(_COLOURS)]
         path = "L".join(f"{px(x):.1f} {py(y):.1f}" for x, y in line)
         parts.append(f'<path d="M{path}" stroke="{colour}" stroke-width="2" fill="none"/>')
-        parts += [f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="3" fill="{colour}"/>' for x, y in line]
+        parts += [
+            f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="3" fill="{colour}"/>' for x, y in line
+        ]
         y = top + 14 + 20 * number
-        parts.append(f'<rect x="{left + width + 16}" y="{y - 9}" width="12" height="12" fill="{colour}"/>')
+        parts.append(
+            f'<rect x="{left + width + 16}" y="{y - 9}" width="12" height="12" fill="{colour}"/>'
+        )
         parts.append(_text(left + width + 34, y + 2, name))
     return "\n".join([*parts, "</svg>\n"])
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from bench.proxies.base import Peer, Proxy, call, find_program, free_port
 
+_NO_HOST = {"handle": [{"handler": "static_response", "status_code": 503}]}
+
 
 class Caddy(Proxy):
     """Caddy with its admin API."""
@@ -56,7 +58,7 @@ class Caddy(Proxy):
                 "listen": [f"127.0.0.1:{self.port}"],
                 "automatic_https": {"disable": True},
                 "protocols": ["h1"],
-                "routes": routes,
+                "routes": [*routes, _NO_HOST],
             }
         }
         apps: dict[str, Any] = {"http": {"servers": servers}}
@@ -66,7 +68,10 @@ class Caddy(Proxy):
                 "automatic_https": {"disable": True},
                 "protocols": ["h1", "h2"],
                 "tls_connection_policies": [{}],
-                "routes": [self._route(host, identified=False) for host in self.routes],
+                "routes": [
+                    *(self._route(host, identified=False) for host in self.routes),
+                    _NO_HOST,
+                ],
             }
             files = [{"certificate": str(tls.certificate), "key": str(tls.key)}]
             apps["tls"] = {"certificates": {"load_files": files}}

@@ -31,6 +31,7 @@ defaults
     http-reuse always
     option redispatch 1
     retries {retries}
+    retry-on conn-failure empty-response response-timeout
 frontend web
     bind 127.0.0.1:{port}
 {tls}    option forwardfor
@@ -80,7 +81,9 @@ class HAProxy(Proxy):
     def configuration(self) -> str:
         """The whole haproxy.cfg."""
         setup = self.setup
-        secure = f"    bind 127.0.0.1:{self.tls_port} ssl crt {setup.tls.bundle}\n" if setup.tls else ""
+        secure = (
+            f"    bind 127.0.0.1:{self.tls_port} ssl crt {setup.tls.bundle}\n" if setup.tls else ""
+        )
         parts = [
             _CONFIG.format(
                 workers=setup.workers,
@@ -94,8 +97,7 @@ class HAProxy(Proxy):
         self._names = {host: number for number, host in enumerate(self.routes)}
         for host, peers in self.routes.items():
             servers = "\n".join(
-                f"    server {peer.id} 127.0.0.1:{peer.port} {self._options}"
-                for peer in peers
+                f"    server {peer.id} 127.0.0.1:{peer.port} {self._options}" for peer in peers
             )
             parts.append(_BACKEND.format(number=self._names[host], servers=servers))
         return "".join(parts)

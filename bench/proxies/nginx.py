@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.proxies.base import BenchError, Certificate, Peer, Proxy, Routes, find_program
+from bench.proxies.base import BenchError, Certificate, Peer, Proxy, Routes
 
 _MAIN = """\
 daemon off;
@@ -97,10 +97,9 @@ def hosts(
     # many upstreams each gets less: the places are laid out in every worker's memory.
     largest = max(len(peers) for peers in routes.values())
     keepalive = max(512, 2 * largest) if len(routes) <= 10 else 16
-    secure = (
-        _TLS.format(port=tls[0], certificate=tls[1].certificate, key=tls[1].key) if tls else ""
-    )
+    secure = _TLS.format(port=tls[0], certificate=tls[1].certificate, key=tls[1].key) if tls else ""
     parts = [HEADERS, f"    proxy_next_upstream {'error timeout' if retries else 'off'};\n"]
+    parts.append(f"    server {{ listen 127.0.0.1:{port} default_server; return 503; }}\n")
     for number, (host, peers) in enumerate(routes.items()):
         servers = "\n        ".join(f"server 127.0.0.1:{peer.port};" for peer in peers)
         parts.append(

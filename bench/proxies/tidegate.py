@@ -100,9 +100,7 @@ ProxyNextUpstream = "{retry}"
         files = self.setup.tls
         tls = Tls(str(files.certificate), str(files.key)) if files else None
         return Site(
-            tuple(
-                Host(host, (), (Location("/", f"{host}/"),), tls) for host in sorted(self.routes)
-            )
+            tuple(Host(host, (), (Location("/", f"{host}/"),), tls) for host in sorted(self.routes))
         )
 
     def _start(self) -> None:

@@ -90,22 +90,36 @@ def interleaved(
     """Run every case in every round; what goes wrong voids that one sample."""
     samples = []
     for number in range(rounds):
-        turn = number % len(cases)
+        turn = number % max(1, len(cases))
         for case in [*cases[turn:], *cases[:turn]]:
             samples.append(attempt(case, number, run))
     return samples
 
 
+FAULTS = (BenchError, DemoError, OSError, RuntimeError)
+"""What voids a sample."""
+
+
 def attempt(case: Case, number: int, run: Callable[[Case], Mapping[str, Any]]) -> Sample:
-    """One run, void if it goes wrong."""
+    """One run, void if it goes wrong; number -1 is before the first round."""
     try:
         sample = Sample(case, number, run(case))
-    except (BenchError, DemoError, OSError, RuntimeError) as problem:
-        reason = str(problem).strip().replace("\n", " ")[:300]
-        sample = Sample(case, number, error=reason or type(problem).__name__)
-    told = f"void: {sample.error}" if sample.error else _told(sample.values)
-    say(f"  round {number + 1}, {case}: {told}")
+    except FAULTS as problem:
+        sample = Sample(case, number, error=reason(problem))
+    tell(sample)
     return sample
+
+
+def reason(problem: BaseException) -> str:
+    """Why a sample is void, in a line."""
+    return str(problem).strip().replace("\n", " ")[:300] or type(problem).__name__
+
+
+def tell(sample: Sample) -> None:
+    """Tell the person who watches."""
+    told = f"void: {sample.error}" if sample.error else _told(sample.values)
+    what = f"round {sample.round + 1}" if sample.round >= 0 else "before the first round"
+    say(f"  {what}, {sample.case}: {told}")
 
 
 def _told(values: Mapping[str, Any]) -> str:

@@ -83,8 +83,7 @@ def run(options: Options) -> Section:
     """Measure every proxy, both ways of retrying."""
     say(" dead peers")
     kinds = {
-        kind.name: kind
-        for kind in options.among(Tidegate, NginxStatic, HAProxy, Caddy, Traefik)
+        kind.name: kind for kind in options.among(Tidegate, NginxStatic, HAProxy, Caddy, Traefik)
     }
     chosen = [
         Case(name, {"peers": peers, "retries": retries})
@@ -122,5 +121,3 @@ def run(options: Options) -> Section:
     names.append("p99 before")
     found = table(names, rows(chosen, samples, head, cells, width=5))
     return Section("dead", "(d) Dead peers", f"{about}\n\n{found}", data=as_data(samples))
-
-

@@ -76,7 +76,7 @@ def since_call(
 
 
 def _run(kind: type[Proxy], options: Options) -> Mapping[str, Any]:
-    changes = 3 if kind.long_wait > 1 else 5 if options.quick else 30
+    changes = 3 if kind.long_wait > 1 else 5 if options.quick else 15
     with directory() as home:
         # Each peer only once: who answers tells which change was in force.
         backends = Standing(home, [free_port() for _ in range(changes + 1)])
@@ -130,16 +130,21 @@ def run(options: Options) -> Section:
             drawn.append(_bar(case, own))
     about = paragraph(
         "The only peer of a host is replaced, on an otherwise idle machine;",
-        f"{RATE:,.0f} requests a second meanwhile, each on a new connection. Milliseconds from just",
-        f"before the call; {options.rounds} interleaved rounds, all changes together. A request and",
-        "its connection take some tenths of a millisecond, and the next one is due within 1 ms:",
+        f"{RATE:,.0f} requests a second meanwhile, each on a new connection. Milliseconds from",
+        f"just before the call; {options.rounds} interleaved rounds, all changes together. A",
+        "request and its connection take some tenths of a millisecond, and the next one is due",
+        "within 1 ms:",
         "both are part of each figure. 2 workers or threads each. `bench/scenes/push.py`.",
     )
     head = ["proxy", "how", "what", "changes", "p50", "p99", "max", "requests failed"]
     text = f"{about}\n\n{table(head, found)}\n\n![from the call to routing](benchmarks/push.svg)"
     plot = bars("From the call to the first answer of the new peer", "ms, median and p99", drawn)
     return Section(
-        "push", "(c) From the push to all workers", text, plots={"push": plot}, data=as_data(samples)
+        "push",
+        "(c) From the push to all workers",
+        text,
+        plots={"push": plot},
+        data=as_data(samples),
     )
 
 

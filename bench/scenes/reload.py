@@ -32,6 +32,7 @@ from bench.scenes.common import (
     as_data,
     attempt,
     directory,
+    interleaved,
     median,
     middle,
     place,
@@ -75,9 +76,9 @@ def _closed(connections: list[socket.socket]) -> int:
     return count
 
 
-def _reload(proxy: Proxy, peer: Peer, number: int) -> Mapping[str, Any]:
+def _reload(proxy: Proxy, peer: Peer) -> Mapping[str, Any]:
     """Add a host, and see how it goes."""
-    host = f"new{number}.localhost"
+    host = f"new{len(proxy.routes)}.localhost"
     plan = Plan(
         urls=(f"http://127.0.0.1:{proxy.port}/",),
         hosts=(host,),
@@ -134,8 +135,8 @@ def _reload(proxy: Proxy, peer: Peer, number: int) -> Mapping[str, Any]:
     }
 
 
-def _measure(options: Options, count: int, kinds: tuple[type[Proxy], ...]) -> list[Sample]:
-    samples: list[Sample] = []
+def _measure(options: Options, count: int, kinds: Mapping[str, type[Proxy]]) -> list[Sample]:
+    variant = {"hosts": count}
     with directory() as home, ExitStack() as stack:
         backends = Standing(home, [free_port()])
         stack.callback(backends.stop)
@@ -143,41 +144,32 @@ def _measure(options: Options, count: int, kinds: tuple[type[Proxy], ...]) -> li
         routes = {f"h{number}.localhost": (peer,) for number in range(count)}
         held: dict[str, Proxy] = {}
 
-        def start(kind: type[Proxy]) -> Mapping[str, Any]:
+        def start(case: Case) -> Mapping[str, Any]:
+            kind = kinds[case.proxy]
             proxy = kind()
             stack.callback(proxy.stop)
             proxy.start(Setup(place(home, kind.key), routes))
-            held[kind.name] = proxy
+            held[case.proxy] = proxy
             return {}
 
-        for kind in kinds:
-            started = attempt(Case(kind.name, {"hosts": count}), -1, lambda _case, kind=kind: start(kind))  # type: ignore[misc]
-            if started.error:
-                samples.append(started)
+        started = [attempt(Case(name, variant), -1, start) for name in kinds]
+        samples = [sample for sample in started if sample.error]
         time.sleep(1.0)
-        names = list(held)
-        for number in range(options.rounds):
-            turn = number % max(1, len(names))
-            for name in [*names[turn:], *names[:turn]]:
-                samples.append(
-                    attempt(
-                        Case(name, {"hosts": count}),
-                        number,
-                        lambda _case, name=name, number=number: _reload(held[name], peer, number),  # type: ignore[misc]
-                    )
-                )
+        cases = [Case(name, variant) for name in held]
+        samples += interleaved(cases, options.rounds, lambda case: _reload(held[case.proxy], peer))
     return samples
 
 
 def run(options: Options) -> Section:
     """Measure every size."""
-    kinds = options.among(Tidegate, Nginx, HAProxy, Caddy, Traefik, TraefikFast)
+    chosen_kinds = options.among(Tidegate, Nginx, HAProxy, Caddy, Traefik, TraefikFast)
+    kinds = {kind.name: kind for kind in chosen_kinds}
     samples: list[Sample] = []
     sizes = SIZES[:2] if options.quick else SIZES
     for count in sizes:
         say(f" reload with {count} hosts")
         samples += _measure(options, count, kinds)
-    chosen = [Case(kind.name, {"hosts": count}) for count in sizes for kind in kinds]
+    chosen = [Case(name, {"hosts": count}) for count in sizes for name in kinds]
 
     def cells(own: list[Sample]) -> list[str]:
         return [

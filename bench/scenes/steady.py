@@ -214,26 +214,30 @@ def parse_wrk(text: str) -> dict[str, float]:
         "requests": float(find(r"(\d+) requests in")[0]),
         "rate": float(find(r"Requests/sec:\s+([\d.]+)")[0]),
         "p99_ms": float(number) * {"us": 0.001, "ms": 1.0, "s": 1000.0}[unit],
-        # wrk rounds to two digits after the point; a per mille is the least that is sure.
-        "bytes": float(size) * 1.001 * 1024 ** "_KMGT".index(prefix or "_"),
+        # wrk rounds to two digits after the point, which is up to half a per cent of 1.00.
+        "bytes": float(size) * 1.005 * 1024 ** "_KMGT".index(prefix or "_"),
     }
 
 
-def _measure(options: Options, kind: Kind, ways: Sequence[Way], backends: Standing) -> tuple[list[Sample], int]:
+def _measure(
+    options: Options, kind: Kind, ways: Sequence[Way], backends: Standing
+) -> tuple[list[Sample], int]:
     """The rounds of one kind of traffic, and how many were done again."""
-    seconds = 1 if options.quick else 3
+    seconds = 1 if options.quick else 2
     roots = sorted({backends.pid, *(root for way in ways for root in way.roots)})
-    usable = [way for way in ways if way.tls_port or not kind.tls]
-    for way in usable:
-        attempt(Case(way.name), -1, lambda _case, way=way: _wrk(way, kind, roots, 1))  # type: ignore[misc]
+    usable = {way.name: way for way in ways if way.tls_port or not kind.tls}
+    cases = [Case(name) for name in usable]
+
+    def once(case: Case) -> Mapping[str, Any]:
+        return _wrk(usable[case.proxy], kind, roots, seconds)
+
+    for case in cases:
+        attempt(case, -1, once)
     samples: list[Sample] = []
     again = number = 0
     while number < options.rounds:
-        turn = number % len(usable)
-        found = [
-            attempt(Case(way.name), number, lambda _case, way=way: _wrk(way, kind, roots, seconds))  # type: ignore[misc]
-            for way in [*usable[turn:], *usable[:turn]]
-        ]
+        turn = number % len(cases)
+        found = [attempt(case, number, once) for case in [*cases[turn:], *cases[:turn]]]
         foreign = max(sample.values.get("foreign", 0.0) for sample in found)
         if foreign > FOREIGN_LIMIT and not options.quick and again < 3 * options.rounds:
             again += 1
@@ -310,7 +314,8 @@ def run(options: Options) -> Section:
         f"{options.rounds} interleaved rounds; medians, with range in brackets; ratios are taken",
         "within each round. CPU time is that of the proxy alone, and the steadiest of these",
         f"figures. `{INSIDE}` differs from Tidegate in the upstream alone;",
-        f"`{NginxStatic.name}` is the same binary without Lua or metrics. `bench/scenes/steady.py`.",
+        f"`{NginxStatic.name}` is the same binary without Lua or metrics.",
+        "`bench/scenes/steady.py`.",
     )
     return Section(
         "throughput", "(a) Steady traffic", "\n\n".join([about, *texts]), plots=plots, data=data
