@@ -4,8 +4,8 @@
 
 The parent reads commands, one a line: `start NAME` forks a backend that listens by the time the
 answer, its port, is printed; `kill NAME` ends it by SIGKILL and prints `dead` when it is gone, its
-connections with it. At the end of its input it kills all and exits. Forking instead of starting a
-program makes a hundred changes a second possible on the machine that is measured.
+connections with it. At the end of its input, or on SIGTERM, it kills all and exits. Forking instead
+of starting a program makes a hundred changes a second possible on the machine that is measured.
 
 A backend answers every GET at once with its name in `X-Backend`. Standard library only.
 """
@@ -86,7 +86,7 @@ def start(name: str) -> tuple[int, int]:
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         try:
             serve(name, listener, parent)
         finally:
@@ -97,8 +97,9 @@ def start(name: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    """Obey until there is no more input."""
+    """Obey until there is no more input, or until told to end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
     running: dict[str, int] = {}
     try:
         for line in sys.stdin:
@@ -114,6 +115,7 @@ def main() -> None:
     finally:
         for pid in running.values():
             os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
 if __name__ == "__main__":

@@ -83,12 +83,15 @@ class Proxy(abc.ABC):
     """How it changes its peers, in a few words."""
     bulk_limit: ClassVar[int] = 10_000
     """More upstreams than this take it more time than a benchmark has."""
+    same_configuration_as: ClassVar[str] = ""
+    """Name of another proxy that is configured alike, but for what `how` says."""
     long_wait: ClassVar[float] = 0.0
     """Seconds that it may hold a change back on purpose."""
 
     def __init__(self) -> None:
         self.port = 0
         self.tls_port = 0
+        self.admin_port = 0
         self.processes: list[Process] = []
         self.routes: dict[str, tuple[Peer, ...]] = {}
         self._setup: Setup | None = None
@@ -137,6 +140,7 @@ class Proxy(abc.ABC):
         self.routes = dict(setup.routes)
         self.port = free_port()
         self.tls_port = free_port() if setup.tls is not None else 0
+        self.admin_port = free_port()
 
     def start(self, setup: Setup) -> None:
         """Start it; returns when the first and the last of its hosts answer.

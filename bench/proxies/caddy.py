@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Sequence
 from typing import Any
 
-from bench.proxies.base import Peer, Proxy, call, find_program, free_port
+from bench.proxies.base import Peer, Proxy, call, find_program
 
 _NO_HOST = {"handle": [{"handler": "static_response", "status_code": 503}]}
 
@@ -27,7 +27,6 @@ class Caddy(Proxy):
 
     def __init__(self) -> None:
         super().__init__()
-        self._admin = 0
         self._numbers: dict[str, int] = {}
         self._connection: list[http.client.HTTPConnection] = []
 
@@ -49,7 +48,6 @@ class Caddy(Proxy):
         return json.dumps(self._config(), indent=1)
 
     def _config(self) -> dict[str, Any]:
-        self._admin = self._admin or free_port()
         self._numbers = {host: number for number, host in enumerate(self.routes)}
         tls = self.setup.tls
         routes = [self._route(host) for host in self.routes]
@@ -76,7 +74,7 @@ class Caddy(Proxy):
             files = [{"certificate": str(tls.certificate), "key": str(tls.key)}]
             apps["tls"] = {"certificates": {"load_files": files}}
         return {
-            "admin": {"listen": f"127.0.0.1:{self._admin}", "config": {"persist": False}},
+            "admin": {"listen": f"127.0.0.1:{self.admin_port}", "config": {"persist": False}},
             "logging": {"logs": {"default": {"level": "ERROR"}}},
             "apps": apps,
         }
@@ -124,7 +122,7 @@ class Caddy(Proxy):
     def _call(self, method: str, path: str, body: object) -> None:
         # Its admin server is a new one after each change, so that there is no connection to keep.
         try:
-            call(self._admin, method, path, body, connection=self._connection)
+            call(self.admin_port, method, path, body, connection=self._connection)
         finally:
             while self._connection:
                 self._connection.pop().close()

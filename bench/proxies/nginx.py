@@ -172,3 +172,4 @@ class NginxStatic(Nginx):
     name = "nginx, static upstream"
     key = "nginx-static"
     how = "it does not"
+    same_configuration_as = Nginx.name

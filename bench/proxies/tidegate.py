@@ -17,7 +17,7 @@ from agent.errors import DriverError
 from agent.model import Host, Location, Membership, Site, Tls, Upstream
 from agent.model import Peer as ModelPeer
 from agent.render import Capabilities, generation, render
-from bench.proxies.base import BenchError, Peer, Proxy, Setup, free_port
+from bench.proxies.base import BenchError, Peer, Proxy
 from bench.proxies.nginx import Nginx
 from demo.pair import ROOT
 
@@ -35,7 +35,6 @@ class Tidegate(Proxy):
     def __init__(self, *, extra: str = "") -> None:
         """`extra`: nginx configuration at http level that runs in the same process."""
         super().__init__()
-        self._admin = 0
         self._extra = extra
         self._revision = 0
         self._client: Instance | None = None
@@ -55,7 +54,8 @@ class Tidegate(Proxy):
 
     def configuration(self) -> str:
         """The environment of its entry point, and the site as the agent renders it."""
-        env = "\n".join(f"{name}={value}" for name, value in self._env().items())
+        shown = self._env() | {"TIDEGATE_ADMIN_TOKEN": "a random one"}
+        env = "\n".join(f"{name}={value}" for name, value in shown.items())
         files = render(self._site(), self._settings(), Capabilities())
         text = "\n".join(f"# {name}\n{text}" for name, text in files.items())
         return f"{env}\n\n{text}"
@@ -66,11 +66,6 @@ class Tidegate(Proxy):
         assert self._client is not None, "not started"
         return self._client
 
-    def prepare(self, setup: Setup) -> None:
-        """See the base class."""
-        super().prepare(setup)
-        self._admin = free_port()
-
     def _env(self) -> dict[str, str]:
         directory = self.setup.directory
         peers = sum(len(peers) for peers in self.routes.values())
@@ -78,7 +73,7 @@ class Tidegate(Proxy):
             "TIDEGATE_RUN_DIR": str(directory / "run"),
             "TIDEGATE_STATE_DIR": str(directory / "state"),
             "TIDEGATE_CONF_DIR": str(directory / "conf.d"),
-            "TIDEGATE_ADMIN_LISTEN": f"127.0.0.1:{self._admin}",
+            "TIDEGATE_ADMIN_LISTEN": f"127.0.0.1:{self.admin_port}",
             "TIDEGATE_ADMIN_TOKEN": self._token,
             "TIDEGATE_HTTP_PORT": str(self.port),
             "TIDEGATE_WORKERS": str(self.setup.workers),
@@ -110,7 +105,7 @@ ProxyNextUpstream = "{retry}"
         (conf / "bench.conf").write_text(self._extra)
         # The agent's client is told the token; nothing but this machine can reach the port.
         self.launch(["sh", str(ROOT / "nginx" / "entrypoint.sh")], env=self._env())
-        url = f"http://127.0.0.1:{self._admin}"
+        url = f"http://127.0.0.1:{self.admin_port}"
         settings = self._settings().openresty.model_copy(update={"timeout": 120.0})
         self._client = Instance(
             Target(url, url, (url,), static=True), settings, Token(token=self._token, file="")

@@ -113,4 +113,5 @@ class TraefikFast(Traefik):
     key = "traefik-fast"
     how = "file provider, throttle 50 ms"
     throttle = "50ms"
+    same_configuration_as = Traefik.name
     long_wait = 0.05
