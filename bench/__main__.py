@@ -6,8 +6,9 @@
     python -m bench --rounds 3 --only tidegate,haproxy push
 
 Scenes beside other proxies, on loopback: steady, churn, push, dead, scale, reload; on the Swarm of
-the lab: rolling. Of Tidegate alone: change on loopback; swarm-change, swarm-idle on the lab. A
-proxy that is not on this machine is left out, and that is said.
+the lab: rolling. Of Tidegate alone: change and whole-path (100,000 simulated tasks) on loopback;
+swarm-change, swarm-idle on the lab. A proxy that is not on this machine is left out, and that is
+said.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import change, report, swarm_change, swarm_idle
+from bench import scale as whole_path
 from bench.proxies.base import BenchError, Certificate, Peer, Proxy, Setup
 from bench.report import FILE, Section, paragraph, table
 from bench.scenes import churn, dead, push, reload, rolling, scale, steady
@@ -35,10 +37,10 @@ SCENES = {
     "reload": reload.run,
 }
 SWARM = ("rolling", "swarm-change", "swarm-idle")
-NAMES = (*SCENES, "change", *SWARM)
+NAMES = (*SCENES, "change", "whole-path", *SWARM)
 ROUNDS = 5
-CHANGES = 200
-SCALINGS = 30
+CHANGES = 100
+SCALINGS = 20
 
 
 def proxies_section(proxies: Sequence[type[Proxy]], left_out: Sequence[str]) -> Section:
@@ -133,6 +135,11 @@ def main(arguments: list[str]) -> int:
         say("bench: change, from the static file to routing")
         since = time.monotonic()
         put(change.measure(10 if how.quick else CHANGES), since)
+    if "whole-path" in wanted:
+        say("bench: whole-path, a simulated Swarm")
+        since = time.monotonic()
+        services, rate, seconds = (100, 50, 4) if how.quick else (10_000, 500, 20)
+        put(whole_path.measure(services, 10, rate, seconds), since)
     _on_swarm([name for name in SWARM if name in wanted], how, put)
     say(f"bench: results are in {file}")
     return 0
@@ -158,7 +165,7 @@ def _on_swarm(wanted: list[str], how: Options, put: object) -> None:
         since = time.monotonic()
         if "swarm-idle" in wanted:
             say("bench: swarm-idle, the agent at rest")
-            services, seconds = (3, 5.0) if how.quick else (100, 60.0)
+            services, seconds = (3, 5.0) if how.quick else (100, 30.0)
             put(swarm_idle.measure(pair, services=services, seconds=seconds), since)
 
 

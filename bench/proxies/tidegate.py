@@ -95,7 +95,10 @@ ProxyNextUpstream = "{retry}"
         files = self.setup.tls
         tls = Tls(str(files.certificate), str(files.key)) if files else None
         return Site(
-            tuple(Host(host, (), (Location("/", f"{host}/"),), tls) for host in sorted(self.routes))
+            tuple(
+                Host(host, (), (Location("/", f"{host}/"),), tls)
+                for host in sorted(self.served_hosts())
+            )
         )
 
     def _start(self) -> None:
@@ -166,6 +169,19 @@ ProxyNextUpstream = "{retry}"
             self._client.close()
             self._client = None
         super().stop()
+
+
+class TidegateOneHost(Tidegate):
+    """All upstreams, and a single host: what the membership costs without nginx's own hosts."""
+
+    name = "Tidegate, 1 host"
+    key = "tidegate-one-host"
+    how = "as Tidegate; only the first host is rendered"
+    same_configuration_as = Tidegate.name
+
+    def served_hosts(self) -> list[str]:
+        """See the base class."""
+        return list(self.routes)[:1]
 
 
 def _upstream(host: str, peers: Sequence[Peer]) -> Upstream:

@@ -73,9 +73,9 @@ class Phase:
 
 PHASES = (
     Phase("1 change a second, killed at once", 1, 0.0, 3.0),
-    Phase("10 changes a second, killed at once", 10, 0.0, 3.0),
-    Phase("10 changes a second, killed 2 s later", 10, 2.0, 2.0),
-    Phase("100 changes a second, killed at once", 100, 0.0, 2.0),
+    Phase("10 changes a second, killed at once", 10, 0.0, 2.5),
+    Phase("10 changes a second, killed 2 s later", 10, 2.0, 1.5),
+    Phase("100 changes a second, killed at once", 100, 0.0, 1.5),
 )
 OTHER_WAY = (PHASES[1],)
 """What is measured with retries the other way round."""

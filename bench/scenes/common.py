@@ -21,13 +21,14 @@ from bench.proxies.base import BenchError, Peer, Proxy
 from bench.proxies.caddy import Caddy
 from bench.proxies.haproxy import HAProxy
 from bench.proxies.nginx import Nginx, NginxStatic
-from bench.proxies.tidegate import Tidegate
+from bench.proxies.tidegate import Tidegate, TidegateOneHost
 from bench.proxies.traefik import Traefik, TraefikFast
 from bench.report import spread
 from demo.pair import DemoError, probe
 
 ALL: tuple[type[Proxy], ...] = (
     Tidegate,
+    TidegateOneHost,
     NginxStatic,
     Nginx,
     HAProxy,

@@ -42,7 +42,7 @@ _UNDER_WAY = 0.05
 
 
 def _run(kind: type[Proxy], case: Case, options: Options) -> Mapping[str, Any]:
-    quiet, seconds = (0.5, 1.0) if options.quick else (1.0, 3.0)
+    quiet, seconds = (0.5, 1.0) if options.quick else (0.5, 1.5)
     with directory() as home:
         backends = Living(home)
         proxy = kind()

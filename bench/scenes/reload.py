@@ -22,7 +22,7 @@ from bench.proxies.caddy import Caddy
 from bench.proxies.haproxy import HAProxy
 from bench.proxies.nginx import Nginx
 from bench.proxies.tidegate import Tidegate
-from bench.proxies.traefik import Traefik, TraefikFast
+from bench.proxies.traefik import TraefikFast
 from bench.report import Section, paragraph, table
 from bench.scenes.common import (
     Case,
@@ -162,7 +162,7 @@ def _measure(options: Options, count: int, kinds: Mapping[str, type[Proxy]]) -> 
 
 def run(options: Options) -> Section:
     """Measure every size."""
-    chosen_kinds = options.among(Tidegate, Nginx, HAProxy, Caddy, Traefik, TraefikFast)
+    chosen_kinds = options.among(Tidegate, Nginx, HAProxy, Caddy, TraefikFast)
     kinds = {kind.name: kind for kind in chosen_kinds}
     samples: list[Sample] = []
     sizes = SIZES[:2] if options.quick else SIZES
