@@ -218,12 +218,13 @@ def _table(chosen: Sequence[Case], samples: Sequence[Sample]) -> str:
             f"{middle(values(own, 'call_ms')):.1f}",
             f"{middle(values(own, 'calls_per_second')):.1f}",
             f"{middle(values(own, 'cpu_per_10s')):.1f}",
+            f"{middle(values(own, 'lag_p99')):.1f}",
         ]
 
     head = ["proxy", "failed", "with a retrying client", "connections closed under way"]
     head += ["idle ones closed", "p50 ms", "p99", "p99.9", "p99 without churn", "call ms"]
-    head += ["calls/s reached", "CPU s in 10 s"]
-    return table(head, rows(chosen, samples, lambda case: [case.proxy], cells, width=11))
+    head += ["calls/s reached", "CPU s in 10 s", "client's own lag p99"]
+    return table(head, rows(chosen, samples, lambda case: [case.proxy], cells, width=12))
 
 
 def run(options: Options) -> Section:
