@@ -20,7 +20,7 @@ import jinja2
 
 from agent.config.settings import Settings
 from agent.errors import RenderError
-from agent.model import Site
+from agent.model import Host, Protocol, Site
 
 DEFAULT_FILE = "00-default.conf"
 """The file of what all hosts share; every other file is for one host."""
@@ -52,10 +52,20 @@ def render(site: Site, settings: Settings, caps: Capabilities) -> dict[str, str]
     """
     extension = settings.extension
     templates = _templates(extension.template_path)
+    http2_directive = caps.nginx_version >= _HTTP2_DIRECTIVE_SINCE
+    grpc = any(
+        location.protocol is Protocol.GRPC
+        for locations in (site.default, *(host.locations for host in site.hosts))
+        for location in locations
+    )
     shared = {
         "extension": extension,
+        "accepts": " proxy_protocol" if extension.proxy_protocol else "",
+        "trusting": bool(extension.trusted_proxies) or extension.proxy_protocol,
+        "has_grpc": grpc,
+        "plain_http2": http2_directive and (grpc or extension.grpc_port != 0),
         "ipv6": extension.listen_ipv6,
-        "http2_directive": caps.nginx_version >= _HTTP2_DIRECTIVE_SINCE,
+        "http2_directive": http2_directive,
         "keepalive_min_timeout": caps.nginx_version >= _KEEPALIVE_MIN_TIMEOUT_SINCE,
     }
     default = extension.default_certificate
@@ -73,12 +83,28 @@ def render(site: Site, settings: Settings, caps: Capabilities) -> dict[str, str]
             files[file_name(host.name)] = template.render(
                 shared,
                 host=host,
+                servers=_servers(host),
                 tls=host.tls is not None and extension.ssl_port != 0,
                 has_root=any(location.path == "/" for location in host.locations),
             )
     except _TEMPLATE_FAULTS as error:
         raise RenderError(_told(error, extension.template_path)) from error
     return dict(sorted(files.items()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Server:
+    """Names that are answered alike; `target`: where they are sent to, empty for the locations."""
+
+    names: tuple[str, ...]
+    target: str = ""
+
+
+def _servers(host: Host) -> list[_Server]:
+    sent_on = {redirect.host for redirect in host.redirects}
+    own = tuple(name for name in (host.name, *host.aliases) if name not in sent_on)
+    redirects = [_Server((item.host,), item.target.rstrip("/")) for item in host.redirects]
+    return ([_Server(own)] if own else []) + redirects
 
 
 def generation(files: Mapping[str, str]) -> str:
@@ -129,6 +155,27 @@ def quote_with(value: object, variables: str) -> str:
     return quote(value, variables=variables)
 
 
+def redirect_url(target: str) -> str:
+    """Where a request goes that is sent to `target`; without a scheme it keeps its own."""
+    url = quote(target, variables="$request_uri")
+    return url if "://" in target else f'"$tidegate_proto://{url[1:]}'
+
+
+def directive(text: str) -> str:
+    """A raw directive that was allowed by name, as it is.
+
+    Raises:
+        RenderError: it is more or less than one directive without a block.
+    """
+    if not _ONE_DIRECTIVE.fullmatch(text):
+        raise RenderError(f"{text[:100]!a} is not one directive with its semicolon")
+    return text
+
+
+_DOUBLE = r'"(?:[^"\\\x00-\x1f\x7f]|\\[\x20-\x7e])*"'
+_SINGLE = _DOUBLE.replace('"', "'")
+_BARE = r"""[^"'\\;{}#\x00-\x20\x7f][^"'\\;{}\x00-\x20\x7f]*"""
+_ONE_DIRECTIVE = re.compile(rf"[a-z][a-z0-9_]*(?: +(?:{_DOUBLE}|{_SINGLE}|{_BARE}))* *;")
 _UNWRITABLE = re.compile(r"[\x00-\x1f\x7f$]")
 
 
@@ -150,6 +197,8 @@ def _templates(template_path: str) -> jinja2.Environment:
     )
     environment.filters["quote"] = quote
     environment.filters["quote_with"] = quote_with
+    environment.filters["redirect_url"] = redirect_url
+    environment.filters["directive"] = directive
     return environment
 
 
