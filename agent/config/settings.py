@@ -27,7 +27,7 @@ from pydantic import (
     WithJsonSchema,
 )
 
-from agent.config import interlock
+from agent.config import interlock, interlock2
 from agent.errors import SettingsError
 
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|us|µs|h|m|s)")
@@ -245,8 +245,7 @@ class Extension(_Table):
     )
     hide_info_headers: bool = Field(
         False,
-        description="take headers that tell of an application's software out of its answers "
-        "(X-Powered-By, X-AspNet-Version and the like; its Server never gets through)",
+        description="add no headers to answers (X-Request-ID); peers get theirs all the same",
     )
     backend_override_address: str = Field(
         "", description="address for published ports that the engine reports as 0.0.0.0"
@@ -294,11 +293,6 @@ class Extension(_Table):
             for directive, value in wanted.items()
             if getattr(self, directive) != fields[directive].default
         }
-
-    @property
-    def hidden_headers(self) -> tuple[str, ...]:
-        """Headers of answers that clients do not get."""
-        return _INFO_HEADERS if self.hide_info_headers else ()
 
     def certificate_path(self, name: str) -> str:
         """Where a certificate or key lies in the OpenResty container: below SSLCertPath.
@@ -351,16 +345,6 @@ class Extension(_Table):
             "proxy_read_timeout": f"{self.proxy_read_timeout}s",
             "send_timeout": f"{self.send_timeout}s",
         }
-
-
-_INFO_HEADERS = (
-    "X-AspNet-Version",
-    "X-AspNetMvc-Version",
-    "X-Generator",
-    "X-Powered-By",
-    "X-Runtime",
-    "X-Version",
-)
 
 
 def _milliseconds(seconds: float) -> str:
@@ -541,6 +525,9 @@ class _Reading:
 
     def settings(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """The values under the schema's spelling, without what means "default"."""
+        raw, said = interlock2.adapt(raw)
+        for text in said:
+            self._remark(text)
         known = self._canonical(raw, Settings, path="")
         extensions = known.get("Extensions")
         if isinstance(extensions, list):
@@ -626,6 +613,11 @@ class _Reading:
                 serving = f"{path} ({name})"
                 for text in interlock.remarks_on(kind, item, f"{path}."):
                     self._remark(text)
+                if item.get("ProxyProtocol") and not item.get("TrustedProxies"):
+                    self._remark(
+                        f"{path}.ProxyProtocol without TrustedProxies: whoever reaches the ports "
+                        "can claim any address; name the load balancers in TrustedProxies"
+                    )
             result.append(self._adapted(item, index))
         return result
 
