@@ -89,7 +89,7 @@ def test_what_an_untrusted_client_says_of_itself_is_overwritten(
         "X-Forwarded-Host": "a.test",
         "X-Forwarded-Port": str(serving.http_port),
         "X-Real-IP": "127.0.0.5",
-        "Forwarded": 'for=127.0.0.5;proto=http',
+        "Forwarded": "for=127.0.0.5;proto=http",
     }
 
 
@@ -117,7 +117,7 @@ def test_the_client_is_the_last_address_that_no_trusted_proxy_has(
     seen = backend.requests[-1].headers
     assert seen["x-real-ip"] == "198.51.100.7"
     assert seen["x-forwarded-for"] == f"{listed}, 127.0.0.5"
-    assert seen["forwarded"] == 'for=198.51.100.7;proto=http'
+    assert seen["forwarded"] == "for=198.51.100.7;proto=http"
 
 
 def test_a_trusted_proxy_that_says_nothing_is_the_client(serving: Proxy, backend: Backend) -> None:
@@ -138,7 +138,7 @@ def test_several_headers_of_one_name_are_all_untrusted(serving: Proxy, backend: 
         )
         assert client.recv(100).startswith(b"HTTP/1.1 200")
     assert "192.0.2" not in str(backend.requests[-1].headers)
-    assert backend.requests[-1].headers["forwarded"] == 'for=127.0.0.1;proto=http'
+    assert backend.requests[-1].headers["forwarded"] == "for=127.0.0.1;proto=http"
 
 
 def test_a_host_cannot_break_out_of_the_forwarded_header(serving: Proxy, backend: Backend) -> None:
@@ -229,7 +229,7 @@ def test_the_proxy_protocol_tells_the_client(
     assert seen["x-forwarded-proto"] == "http"  # the client's own word, and it is not trusted
     assert seen["x-forwarded-host"] == "a.test"
     assert seen["x-forwarded-port"] == "443"
-    assert seen["forwarded"] == 'for=203.0.113.77;proto=http'
+    assert seen["forwarded"] == "for=203.0.113.77;proto=http"
 
 
 def test_the_proxy_protocol_of_one_that_is_not_trusted_is_read_and_not_believed(

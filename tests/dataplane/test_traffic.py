@@ -55,7 +55,7 @@ def test_a_request_reaches_the_peer_as_it_was_sent(routed: Proxy, backend: Backe
         "x-forwarded-proto": "http",
         "x-forwarded-host": f"a.test:{routed.http_port}",
         "x-forwarded-port": str(routed.http_port),
-        "forwarded": f'for=127.0.0.1;proto=http',
+        "forwarded": "for=127.0.0.1;proto=http",
         "x-request-id": "mine",
         "content-length": "7",
     }
