@@ -2,6 +2,7 @@
 
 local api = require "tidegate.api"
 local balancer = require "tidegate.balancer"
+local certificates = require "tidegate.certificates"
 local hold = require "tidegate.hold"
 local lease = require "tidegate.lease"
 local metrics = require "tidegate.metrics"
@@ -10,7 +11,9 @@ local posix = require "tidegate.posix"
 local probe = require "tidegate.probe"
 local site = require "tidegate.site"
 
-require "tidegate.mirror"   -- for its upstream, which finds it in package.loaded
+-- For upstream blocks, which find them in package.loaded.
+require "tidegate.backends"
+require "tidegate.mirror"
 
 local ctl = ngx.shared.tidegate_ctl
 
@@ -51,8 +54,8 @@ end
 
 
 --- Body of `init_by_lua`: runs in the master at each load of the configuration.
--- @param options `{run, state, binary, token_file, lease_ttl, max_held, error_page,
--- error_pages, status_password_file}`
+-- @param options `{run, state, binary, features, untrusted, ca_bundle, token_file, lease_ttl,
+--   max_held, error_page, error_pages, status_password_file}`
 function _M.start(options)
     math.randomseed(ngx.time() * 1000 + ngx.worker.pid())
     if not ctl:get("instance") then
@@ -63,12 +66,14 @@ function _M.start(options)
     end
     persist.configure(options.state)
     lease.configure(options.lease_ttl)
-    site.configure(options)
+    site.configure(options, certificates.prepare)
+    certificates.configure(options, site.texts())
     api.configure({
         token = read_secret("TIDEGATE_ADMIN_TOKEN", options.token_file),
         token_file = options.token_file ~= "" and options.token_file or nil,
         status_password = read_secret("TIDEGATE_STATUS_PASSWORD", options.status_password_file),
         version = _M.version,
+        features = options.features,
     })
     hold.set_limit(options.max_held)
     local page, err = posix.read(options.error_page)
@@ -112,6 +117,8 @@ function _M.start_worker()
     every(1, guarded("counting", metrics.flush))
     every(1, guarded("probing", probe.start_all))
     every(1, guarded("keeping the membership", persist.schedule))
+    ngx.timer.at(0, guarded("looking at certificates", certificates.check))
+    every(1, guarded("looking at certificates", certificates.check))
     every(30, guarded("sweeping", balancer.sweep))
 end
 
