@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.model import Location, Redirect, Site, Tls
+from agent.model import Location, Redirect, Site, Tls, VerifyClient
 from tests.dataplane.harness import (
     Answer,
     Backend,
@@ -198,6 +198,33 @@ def test_a_trusted_proxy_that_ended_tls_is_not_sent_to_tls_again(
     )
     answer = ask(serving, source=source, headers={"X-Forwarded-Proto": proto} if proto else {})
     assert answer.status == status
+
+
+def test_a_trusted_proxy_is_no_way_round_a_client_certificate(
+    serving: Proxy, tmp_path: Path
+) -> None:
+    certificate, key = make_certificate(tmp_path, "a.test")
+    tls = Tls(certificate, key, verify_client=VerifyClient.REQUIRED, client_ca=certificate)
+    push(serving, Site((host(tls=tls),)), trusted_proxies=("127.0.0.5",), ssl_port=free_port())
+    answer = ask(serving, source="127.0.0.5", headers={"X-Forwarded-Proto": "https"})
+    assert answer.status == 308
+
+
+def test_hsts_stays_where_a_location_has_headers_of_its_own(serving: Proxy, tmp_path: Path) -> None:
+    certificate, key = make_certificate(tmp_path, "a.test")
+    port = free_port()
+    raw = Location("/", A, directives=("add_header X-Mine yes;",))
+    push(serving, Site((host(raw, tls=Tls(certificate, key, hsts="max-age=9")),)), ssl_port=port)
+    context = ssl.create_default_context(cafile=certificate)
+    context.check_hostname = False
+    client = http.client.HTTPSConnection("127.0.0.1", port, timeout=10, context=context)
+    raw_socket = socket.create_connection(("127.0.0.1", port), timeout=10)
+    client.sock = context.wrap_socket(raw_socket, server_hostname="a.test")
+    client.request("GET", "/", headers={"Host": "a.test"})
+    headers = client.getresponse().headers
+    client.close()
+    assert (headers["X-Mine"], headers["Strict-Transport-Security"]) == ("yes", "max-age=9")
+    assert "Strict-Transport-Security" not in ask(serving).headers
 
 
 # --- PROXY protocol

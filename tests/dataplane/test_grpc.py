@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from agent.model import Location, Protocol, Site, Tls
+from agent.model import BackendTls, Location, Protocol, Site, Tls
 from tests.dataplane.harness import Backend, Proxy, free_port, peer, request, upstream, wait_until
 from tests.dataplane.rendered import host, make_certificate, push
 
@@ -27,7 +27,7 @@ HOLD = 'tidegate_held_requests_total{upstream="a.test/test.Echo",result="resumed
 class Server:
     """A gRPC server of bytes: `Say` answers once, `Count` streams, `Chat` answers each message."""
 
-    def __init__(self, name: str, port: int = 0) -> None:
+    def __init__(self, name: str, port: int = 0, *, tls: tuple[str, str] | None = None) -> None:
         self.name = name.encode()
         self.metadata: list[dict[str, str]] = []
         self.release = threading.Event()
@@ -43,7 +43,13 @@ class Server:
             handlers=[grpc.method_handlers_generic_handler("test.Echo", handlers)],
             options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", -1)],
         )
-        self.port = self._server.add_insecure_port(f"127.0.0.1:{port}")
+        address = f"127.0.0.1:{port}"
+        if tls is None:
+            self.port = self._server.add_insecure_port(address)
+        else:
+            certificate, key = (Path(path).read_bytes() for path in tls)
+            credentials = grpc.ssl_server_credentials([(key, certificate)])
+            self.port = self._server.add_secure_port(address, credentials)
 
     def __enter__(self) -> Server:
         self._server.start()
@@ -133,8 +139,10 @@ def status_of(call: Callable[[], object]) -> tuple[grpc.StatusCode, str]:
     return failed.value.code(), failed.value.details()
 
 
-def location(path: str = "/test.Echo", *, rewrite: bool = False) -> Location:
-    return Location(path, G, rewrite=rewrite, protocol=Protocol.GRPC)
+def location(
+    path: str = "/test.Echo", *, rewrite: bool = False, tls: BackendTls | None = None
+) -> Location:
+    return Location(path, G, rewrite=rewrite, protocol=Protocol.GRPC, backend_tls=tls)
 
 
 @pytest.fixture
@@ -284,6 +292,45 @@ def test_a_context_root_is_taken_off(proxy: Proxy) -> None:
     ):
         proxy.admin.put({G: upstream(server.peer())})
         assert client.say(b"x") == b"s0:x"
+
+
+def test_peers_are_spoken_to_over_tls_and_verified(proxy: Proxy, tmp_path: Path) -> None:
+    """HTTP over the same TLS identity has connections of its own."""
+    port = free_port()
+    tls = make_certificate(tmp_path, "a.test")
+    backend = BackendTls(verify=True, ca=tls[0])
+    both = host(Location("/", "a.test/", backend_tls=backend), location(tls=backend))
+    assert push(proxy, Site((both,)), grpc_port=port).status == 200
+    with (
+        Server("s0", tls=tls) as server,
+        Client(grpc.insecure_channel(f"127.0.0.1:{port}", OPTIONS)) as client,
+    ):
+        proxy.admin.put({G: upstream(server.peer()), "a.test/": upstream(server.peer())})
+        for _ in range(3):
+            assert client.say(b"x") == b"s0:x"
+            request(proxy.http_port)
+        chat = client.chat()
+        assert [chat.say(word) for word in (b"a", b"b")] == [b"s0:a", b"s0:b"]
+        assert chat.end() == []
+    stranger = make_certificate(tmp_path, "b.test")
+    with (
+        Server("s1", tls=stranger) as server,
+        Client(grpc.insecure_channel(f"127.0.0.1:{port}", OPTIONS)) as client,
+    ):
+        proxy.admin.put({G: upstream(server.peer())})
+        assert status_of(lambda: client.say(b"x"))[0] is grpc.StatusCode.UNAVAILABLE
+        assert server.metadata == []
+
+
+def test_what_a_client_says_of_its_certificate_does_not_reach_a_peer(
+    proxy: Proxy, plain: Client
+) -> None:
+    with Server("s0") as server:
+        proxy.admin.put({G: upstream(server.peer())})
+        forged = (("x-ssl-client-verify", "SUCCESS"), ("x-forwarded-for", "192.0.2.1"))
+        plain.channel.unary_unary("/test.Echo/Say")(b"", metadata=forged, timeout=20)
+        assert "x-ssl-client-verify" not in server.metadata[0]
+        assert server.metadata[0]["x-forwarded-for"] == "127.0.0.1"
 
 
 def test_http_and_grpc_share_a_host(proxy: Proxy, backend: Backend) -> None:
