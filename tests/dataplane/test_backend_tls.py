@@ -89,7 +89,7 @@ def test_a_peer_is_asked_for_by_the_host_unless_a_name_is_given(
 def test_p7_services_on_one_address_never_share_connections(
     front: Front, certs: Path, peer: Backend
 ) -> None:
-    """Two names, verified or not, and wrong ones: each request on a connection of its own identity."""
+    """Two names, verified or not, and wrong ones: each identity on connections of its own."""
     ca, ca2 = str(certs / "ca.pem"), str(certs / "ca2.pem")
     front.push(
         routed("a", BackendTls(verify=True, ca=ca, name="one.internal")),

@@ -7,7 +7,7 @@ import shutil
 import signal
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -283,10 +283,10 @@ def test_keys_are_nowhere_but_in_their_file(front: Front, certs: Path) -> None:
 
 
 @pytest.fixture
-def one_worker(make_proxy: Callable[..., Proxy]) -> Iterator[Proxy]:
+def one_worker(make_proxy: Callable[..., Proxy]) -> Proxy:
     proxy = make_proxy(workers=1)
     proxy.start()
-    yield proxy
+    return proxy
 
 
 def test_a_thousand_hosts_are_looked_at_without_requests_waiting(

@@ -37,7 +37,7 @@ def certs(made: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def front(proxy: Proxy, backend: Backend, certs: Path) -> Front:
-    """`open` does not ask, `asks` would like one of `ca`, `closed` wants one, `other` one of `ca2`."""
+    """`open` does not ask, `asks` would like one of `ca`; `closed` wants one, `other` of `ca2`."""
     proxy.admin.put({f"{name}/": upstream(backend.peer()) for name in NAMES})
     front = Front(proxy)
     own, ca, ca2 = certs / "server.pem", str(certs / "ca.pem"), str(certs / "ca2.pem")

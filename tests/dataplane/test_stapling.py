@@ -74,7 +74,8 @@ def respond(certs: Path, port: int) -> Iterator[Callable[[str], None]]:
 def stapled(front: Front, name: str) -> bool:
     """Whether a client that asks for it gets a good OCSP answer for `name`."""
     found = subprocess.run(
-        ["openssl", "s_client", "-connect", f"127.0.0.1:{front.tls_port}", "-servername", name, "-status"],
+        ["openssl", "s_client", "-connect", f"127.0.0.1:{front.tls_port}",
+         "-servername", name, "-status"],
         input=b"", capture_output=True, check=False,
     ).stdout.decode()  # fmt: skip
     assert "BEGIN CERTIFICATE" in found
