@@ -512,6 +512,8 @@ class Location:
         mirror: name of the upstream that gets a copy of each request; empty for none.
         directives: raw nginx directives, each with its semicolon, of kinds that the operator
             allows by name; already checked.
+        request_buffering: the body of a request is received whole before a peer gets any of it,
+            so that it can be sent again; without, it goes on as it comes.
     """
 
     path: str
@@ -523,6 +525,7 @@ class Location:
     protocol: Protocol = Protocol.HTTP
     mirror: str = ""
     directives: tuple[str, ...] = ()
+    request_buffering: bool = True
 
 
 @dataclass(frozen=True, slots=True)

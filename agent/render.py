@@ -20,7 +20,7 @@ import jinja2
 
 from agent.config.settings import Settings
 from agent.errors import RenderError
-from agent.model import BackendTls, Location, Site, VerifyClient
+from agent.model import BackendTls, Host, Location, Protocol, Site, VerifyClient
 
 DEFAULT_FILE = "00-default.conf"
 """The file of what all hosts share; every other file is for one host."""
@@ -51,7 +51,7 @@ class Backend:
     """TLS towards peers, as templates need it.
 
     Attributes:
-        id: of the identity; equal ones share connections.
+        id: of the identity and of what is spoken; equal ones share connections.
         name: server name to ask and to verify for; empty takes the request's.
         trust: name of the copy of the CA, empty where peers are not verified.
     """
@@ -60,6 +60,7 @@ class Backend:
     name: str
     trust: str
     tls: BackendTls
+    grpc: bool
 
 
 def render(site: Site, settings: Settings, caps: Capabilities) -> dict[str, str]:
@@ -71,13 +72,22 @@ def render(site: Site, settings: Settings, caps: Capabilities) -> dict[str, str]
     """
     extension = settings.extension
     templates = _templates(extension.template_path)
+    http2_directive = caps.nginx_version >= _HTTP2_DIRECTIVE_SINCE
+    grpc = any(
+        location.protocol is Protocol.GRPC
+        for locations in (site.default, *(host.locations for host in site.hosts))
+        for location in locations
+    )
     shared = {
         "extension": extension,
+        "accepts": " proxy_protocol" if extension.proxy_protocol else "",
+        "trusting": bool(extension.trusted_proxies) or extension.proxy_protocol,
+        "has_grpc": grpc,
+        "plain_http2": http2_directive and (grpc or extension.grpc_port != 0),
         "ipv6": extension.listen_ipv6,
-        "http2_directive": caps.nginx_version >= _HTTP2_DIRECTIVE_SINCE,
+        "http2_directive": http2_directive,
         "http3": extension.http3 and extension.ssl_port != 0 and "http_v3" in caps.features,
         "no_keepalive": caps.nginx_version >= _KEEPALIVE_BY_DEFAULT_SINCE,
-        "backend_of": _backend,
         "keepalive_min_timeout": caps.nginx_version >= _KEEPALIVE_MIN_TIMEOUT_SINCE,
     }
     default = extension.default_certificate
@@ -92,6 +102,7 @@ def render(site: Site, settings: Settings, caps: Capabilities) -> dict[str, str]
                     [(item, host.name) for host in site.hosts for item in host.locations]
                     + [(item, "") for item in site.default]
                 ),
+                default_backends=_backends((item, "") for item in site.default),
             )
         }
         template = templates.get_template(_HOST_TEMPLATE)
@@ -99,6 +110,7 @@ def render(site: Site, settings: Settings, caps: Capabilities) -> dict[str, str]
             files[file_name(host.name)] = template.render(
                 shared,
                 host=host,
+                servers=_servers(host),
                 tls=host.tls is not None and extension.ssl_port != 0,
                 verified=host.tls is not None and host.tls.verify_client is VerifyClient.REQUIRED,
                 backends=_backends((item, host.name) for item in host.locations),
@@ -109,20 +121,43 @@ def render(site: Site, settings: Settings, caps: Capabilities) -> dict[str, str]
     return dict(sorted(files.items()))
 
 
-def _backend(tls: BackendTls, host: str) -> Backend:
+@dataclass(frozen=True, slots=True)
+class _Server:
+    """Names that are answered alike; `target`: where they are sent to, empty for the locations."""
+
+    names: tuple[str, ...]
+    target: str = ""
+
+
+def _servers(host: Host) -> list[_Server]:
+    sent_on = {redirect.host for redirect in host.redirects}
+    own = tuple(name for name in (host.name, *host.aliases) if name not in sent_on)
+    redirects = [_Server((item.host,), item.target.rstrip("/")) for item in host.redirects]
+    return ([_Server(own)] if own else []) + redirects
+
+
+def _backend(location: Location, host: str) -> Backend | None:
+    """How peers of the location are spoken to over TLS; None where they are not."""
+    tls = location.backend_tls
+    if tls is None:
+        return None
+    grpc = location.protocol is Protocol.GRPC
     trust = hashlib.sha256(tls.ca.encode()).hexdigest()[:16] if tls.ca else "system"
     return Backend(
-        id=tls.identity(host),
+        id=tls.identity(host) + ("_grpc" if grpc else ""),
         name=tls.server_name(host),
         trust=trust if tls.verify else "",
         tls=tls,
+        grpc=grpc,
     )
 
 
 def _backends(locations: Iterable[tuple[Location, str]]) -> list[Backend]:
     """The identities towards peers that these locations have, each once, by id."""
-    found = [_backend(item.backend_tls, host) for item, host in locations if item.backend_tls]
-    return sorted({backend.id: backend for backend in found}.values(), key=lambda item: item.id)
+    found = [_backend(item, host) for item, host in locations]
+    return sorted(
+        {backend.id: backend for backend in found if backend}.values(), key=lambda item: item.id
+    )
 
 
 def generation(files: Mapping[str, str]) -> str:
@@ -173,6 +208,29 @@ def quote_with(value: object, variables: str) -> str:
     return quote(value, variables=variables)
 
 
+def redirect_url(target: str) -> str:
+    """Where a request goes that is sent to `target`; without a scheme it keeps its own."""
+    url = quote(target, variables="$request_uri")
+    return url if "://" in target else f'"$tidegate_proto://{url[1:]}'
+
+
+def directive(text: str) -> str:
+    """A raw directive that was allowed by name, as it is.
+
+    Raises:
+        RenderError: it is more or less than one directive without a block.
+    """
+    if not _ONE_DIRECTIVE.fullmatch(text):
+        raise RenderError(f"{text[:100]!a} is not one directive with its semicolon")
+    return text
+
+
+_DOUBLE = r'"(?:[^"\\\x00-\x1f\x7f]|\\[\x20-\x7e])*"'
+_SINGLE = _DOUBLE.replace('"', "'")
+_BARE = r"""[^"'\\;{}#\x00-\x20\x7f][^"'\\;{}\x00-\x20\x7f]*"""
+_ONE_DIRECTIVE = re.compile(rf"[a-z][a-z0-9_]*(?: +(?:{_DOUBLE}|{_SINGLE}|{_BARE}))* *;")
+
+
 def lua(value: object) -> str:
     """Write a value as a string of Lua, in which nothing is left that means anything to nginx."""
     escaped = _NOT_PLAIN.sub(lambda found: b"\\%03d" % found[0][0], str(value).encode())
@@ -199,9 +257,12 @@ def _templates(template_path: str) -> jinja2.Environment:
         autoescape=False,  # noqa: S701 - not HTML; each value is quoted for nginx
         keep_trailing_newline=True,
     )
+    environment.globals["backend_of"] = _backend
     environment.filters["lua"] = lua
     environment.filters["quote"] = quote
     environment.filters["quote_with"] = quote_with
+    environment.filters["redirect_url"] = redirect_url
+    environment.filters["directive"] = directive
     return environment
 
 

@@ -34,6 +34,7 @@ shutdown_timeout=${TIDEGATE_WORKER_SHUTDOWN_TIMEOUT:-240s}
 error_log=${TIDEGATE_ERROR_LOG:-stderr}
 access_log=${TIDEGATE_ACCESS_LOG:-off}
 error_page=${TIDEGATE_ERROR_PAGE:-$home/error.html}
+status_password_file=${TIDEGATE_STATUS_PASSWORD_FILE:-}
 ca_bundle=${TIDEGATE_CA_BUNDLE:-}
 user=${TIDEGATE_USER:-}
 
@@ -61,7 +62,8 @@ path_chars='A-Za-z0-9._/@+:,=-'
 for pair in "TIDEGATE_RUN_DIR=$run" "TIDEGATE_STATE_DIR=$state" "TIDEGATE_CONF_DIR=$conf_dir" \
     "TIDEGATE_ADMIN_TOKEN_FILE=$token_file" "TIDEGATE_ADMIN_TLS_CERT=$tls_cert" \
     "TIDEGATE_ADMIN_TLS_KEY=$tls_key" "TIDEGATE_ADMIN_TLS_CLIENT_CA=$tls_client_ca" \
-    "TIDEGATE_ERROR_PAGE=$error_page" "TIDEGATE_CA_BUNDLE=$ca_bundle" "directory=$home"; do
+    "TIDEGATE_ERROR_PAGE=$error_page" "TIDEGATE_STATUS_PASSWORD_FILE=$status_password_file" \
+    "TIDEGATE_CA_BUNDLE=$ca_bundle" "directory=$home"; do
     check "${pair%%=*}" "${pair#*=}" "$path_chars"
 done
 check TIDEGATE_ADMIN_LISTEN "$admin_listen" '][A-Za-z0-9._/:*-'
@@ -88,6 +90,17 @@ case $admin_listen in
 esac
 if [ -n "$token_file" ] && [ ! -r "$token_file" ]; then
     fail "TIDEGATE_ADMIN_TOKEN_FILE $token_file cannot be read by user $(id -u)"
+fi
+if [ -n "$status_password_file" ] && [ ! -r "$status_password_file" ]; then
+    fail "TIDEGATE_STATUS_PASSWORD_FILE $status_password_file cannot be read by user $(id -u)"
+fi
+
+# A directory has a page for each status it likes, and error.html for the others.
+error_pages=
+if [ -d "$error_page" ]; then
+    error_pages=$error_page
+    error_page=$error_pages/error.html
+    [ -f "$error_page" ] || error_page=$home/error.html
 fi
 
 admin_tls=
@@ -196,6 +209,8 @@ sed -e "s|@MODULES@|$modules|g" \
     -e "s|@LEASE_TTL@|$lease_ttl|g" \
     -e "s|@MAX_HELD@|$max_held|g" \
     -e "s|@ERROR_PAGE@|$error_page|g" \
+    -e "s|@ERROR_PAGES@|$error_pages|g" \
+    -e "s|@STATUS_PASSWORD_FILE@|$status_password_file|g" \
     -e "s|@ADMIN_LISTEN@|$admin_listen_line|g" \
     -e "s|@ADMIN_TLS@|$admin_tls|g" \
     -e "s|@CONF_DIR@|$conf_dir|g" \

@@ -13,7 +13,8 @@ import textwrap
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from agent.config.interlock import EXTENSION_KEYS, KEYS, Scope
+from agent.config import interlock2
+from agent.config.interlock import EXTENSION_KEYS, KEYS, Key, Scope
 from agent.config.settings import Extension, OpenResty, Settings
 
 _INTRODUCTION = """\
@@ -113,6 +114,12 @@ _SECTIONS = (
     (Scope.COMMAND_LINE, "Command line"),
 )
 
+_SECTIONS_OF_2 = (
+    (Scope.TOP, "Interlock 2 and 3: top level, besides the keys of Interlock 1"),
+    (Scope.TABLE, "Interlock 2 and 3: `[Extensions.<name>]`"),
+    (Scope.TABLE_CONFIG, "Interlock 2 and 3: `[Extensions.<name>.Config]`"),
+)
+
 
 def markdown() -> str:
     """The whole page docs/configuration.md."""
@@ -175,11 +182,22 @@ def migration_table() -> str:
         parts += ["", f"### {title}", "", "| key | of | | here |", "| --- | --- | --- | --- |"]
         for key in KEYS:
             if key.scope is scope:
-                verdict = "honoured" if key.honoured else "not used"
                 of = ", ".join(key.extensions) or "core"
-                name = key.name.replace("|", "\\|")
-                parts.append(f"| `{name}` | {of} | {verdict} | {key.text} |")
+                parts.append(f"| `{_name(key)}` | {of} | {_verdict(key)} | {key.text} |")
+    for scope, title in _SECTIONS_OF_2:
+        parts += ["", f"### {title}", "", "| key | | here |", "| --- | --- | --- |"]
+        for key in interlock2.KEYS:
+            if key.scope is scope:
+                parts.append(f"| `{_name(key)}` | {_verdict(key)} | {key.text} |")
     return "\n".join([*parts, "", END])
+
+
+def _name(key: Key) -> str:
+    return key.name.replace("|", "\\|")
+
+
+def _verdict(key: Key) -> str:
+    return "honoured" if key.honoured else "not used"
 
 
 def with_migration_table(page: str) -> str:

@@ -1,5 +1,7 @@
 """What became of each key of Interlock 1.4.5's configuration: honoured how, or why not.
 
+Those of Interlock 2 and 3 are in `interlock2`.
+
 Why a table: an Interlock user's `config.toml` has to load as it is, and what is not done any more
 has to be said in a sentence with what to use instead, in a warning, in docs/migration.md and in
 the JSON Schema alike. This module must not know the schema's types, and reads nothing.
@@ -16,6 +18,9 @@ class Scope(StrEnum):
 
     TOP = "top"
     EXTENSION = "Extensions[]"
+    TABLE = "Extensions.<name>"
+    """Interlock 2 and 3 had a table of tables."""
+    TABLE_CONFIG = "Extensions.<name>.Config"
     ENVIRONMENT = "env"
     COMMAND_LINE = "cli"
 
@@ -170,14 +175,15 @@ KEYS: tuple[Key, ...] = (
     ),
     _refused(
         "AdminUser",
-        "there is no statistics page on the public port; /metrics of OpenResty's admin listener "
-        "and `tidegate status` have the numbers",
+        "there is no statistics page on the public port; /nginx_status and /metrics of OpenResty's "
+        "admin listener and `tidegate status` have the numbers",
         *_HAPROXY,
     ),
     _refused(
         "AdminPass",
-        "there is no statistics page on the public port; the admin API has a bearer token "
-        "instead: TokenFile of [OpenResty]",
+        "there is no statistics page on the public port; /nginx_status of the admin listener has a "
+        "password of its own, TIDEGATE_STATUS_PASSWORD_FILE of OpenResty, and is not served "
+        "without one",
         *_HAPROXY,
     ),
     _honoured(

@@ -9,6 +9,7 @@ Interlock's keys is said in `interlock`. This module must not open anything.
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import json
 import re
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 import tomli
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -25,7 +27,7 @@ from pydantic import (
     WithJsonSchema,
 )
 
-from agent.config import interlock
+from agent.config import interlock, interlock2
 from agent.errors import SettingsError
 
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|us|µs|h|m|s)")
@@ -60,6 +62,18 @@ Seconds = Annotated[
         }
     ),
 ]
+
+
+def parse_network(value: str) -> str:
+    """Check an address or network, and write it as nginx wants it, without bits of a host."""
+    try:
+        return str(ipaddress.ip_network(value.strip(), strict=False))
+    except ValueError:
+        raise ValueError('expected an address or a network such as "10.0.0.0/8"') from None
+
+
+Network = Annotated[str, AfterValidator(parse_network)]
+Size = Annotated[str, Field(pattern=r"^\d+[kKmM]?$")]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Positive = Annotated[int, Field(ge=1)]
 
@@ -94,6 +108,7 @@ _SPELLED = {
     "ssl_stapling": "SSLStapling",
     "http3": "HTTP3",
     "listen_ipv6": "ListenIPv6",
+    "grpc_port": "GRPCPort",
     "urls": "URLs",
     "admin_tls": "AdminTLS",
     "tls_ca": "TLSCA",
@@ -212,6 +227,55 @@ class Extension(_Table):
     template_path: str = Field(
         "", description="directory of templates that replace the built-in ones by name"
     )
+    trusted_proxies: tuple[Network, ...] = Field(
+        (),
+        description="addresses and networks of proxies in front of OpenResty whose X-Forwarded-* "
+        "and Forwarded headers are believed and passed on; everybody else's are overwritten",
+    )
+    proxy_protocol: bool = Field(
+        False,
+        description="all public listeners expect the PROXY protocol (v1 or v2); the client's "
+        "address in it is believed from TrustedProxies, or from everybody if there are none",
+    )
+    grpc_port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        0,
+        description="plain listener for HTTP/2 without TLS alone, for gRPC with an nginx before "
+        "1.25.1; newer ones take it on Port too. 0: none",
+    )
+    nginx_status_from: tuple[Network, ...] = Field(
+        (),
+        description="addresses and networks that may read /nginx_status on every host, as "
+        "Interlock had it; none: it is on the admin listener alone",
+    )
+    request_buffering: bool = Field(
+        True,
+        description="receive the body of a request whole before a peer gets any of it, so that it "
+        "can be sent again; false passes it on as it comes, and it is never sent again",
+    )
+    keepalive_timeout: Seconds = Field(
+        75.0, description="how long an idle connection of a client is kept open"
+    )
+    client_body_timeout: Seconds = Field(
+        60.0, description="how long a client may take between two parts of a request's body"
+    )
+    client_body_buffer_size: Size = Field(
+        "16k", description="a request's body is kept in memory up to this, else in a file"
+    )
+    client_header_buffer_size: Size = Field(
+        "1k", description="memory for the head of a request that is not unusually long"
+    )
+    large_client_header_buffers: str = Field(
+        "4 8k",
+        pattern=r"^\d+ \d+[kKmM]?$",
+        description="number and size of buffers for longer heads; no line may be longer than one",
+    )
+    underscores_in_headers: bool = Field(
+        False, description="take request headers with underscores in their names, else drop them"
+    )
+    hide_info_headers: bool = Field(
+        False,
+        description="add no headers to answers (X-Request-ID); peers get theirs all the same",
+    )
     backend_override_address: str = Field(
         "", description="address for published ports that the engine reports as 0.0.0.0"
     )
@@ -240,6 +304,24 @@ class Extension(_Table):
     @property
     def _haproxy(self) -> bool:
         return self.name.lower() == "haproxy"
+
+    @property
+    def client_options(self) -> dict[str, str]:
+        """nginx's directives for connections of clients and what differs from their defaults."""
+        wanted = {
+            "keepalive_timeout": _milliseconds(self.keepalive_timeout),
+            "client_body_timeout": _milliseconds(self.client_body_timeout),
+            "client_body_buffer_size": self.client_body_buffer_size,
+            "client_header_buffer_size": self.client_header_buffer_size,
+            "large_client_header_buffers": self.large_client_header_buffers,
+            "underscores_in_headers": "on" if self.underscores_in_headers else "off",
+        }
+        fields = type(self).model_fields
+        return {
+            directive: value
+            for directive, value in wanted.items()
+            if getattr(self, directive) != fields[directive].default
+        }
 
     def certificate_path(self, name: str) -> str:
         """Where a certificate or key lies in the OpenResty container: below SSLCertPath.
@@ -296,6 +378,10 @@ class Extension(_Table):
             "proxy_read_timeout": f"{self.proxy_read_timeout}s",
             "send_timeout": f"{self.send_timeout}s",
         }
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{round(seconds * 1000)}ms"
 
 
 class Rule(_Table):
@@ -482,6 +568,9 @@ class _Reading:
 
     def settings(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """The values under the schema's spelling, without what means "default"."""
+        raw, said = interlock2.adapt(raw)
+        for text in said:
+            self._remark(text)
         known = self._canonical(raw, Settings, path="")
         extensions = known.get("Extensions")
         if isinstance(extensions, list):
@@ -567,6 +656,11 @@ class _Reading:
                 serving = f"{path} ({name})"
                 for text in interlock.remarks_on(kind, item, f"{path}."):
                     self._remark(text)
+                if item.get("ProxyProtocol") and not item.get("TrustedProxies"):
+                    self._remark(
+                        f"{path}.ProxyProtocol without TrustedProxies: whoever reaches the ports "
+                        "can claim any address; name the load balancers in TrustedProxies"
+                    )
             result.append(self._adapted(item, index))
         return result
 

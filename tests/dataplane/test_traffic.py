@@ -46,14 +46,16 @@ def test_a_request_reaches_the_peer_as_it_was_sent(routed: Proxy, backend: Backe
     )
     seen = backend.requests[-1]
     assert (answer.status, answer.body) == (200, b"payload")
+    assert answer.headers["x-request-id"] == "mine"
     assert (seen.method, seen.path, seen.body) == ("POST", "/echo/a%20b/../c?x=%2F&y", b"payload")
     assert {name: seen.headers.get(name) for name in seen.headers if name != "accept-encoding"} == {
         "host": f"a.test:{routed.http_port}",
         "x-real-ip": "127.0.0.1",
-        "x-forwarded-for": "203.0.113.9, 127.0.0.1",
+        "x-forwarded-for": "127.0.0.1",
         "x-forwarded-proto": "http",
         "x-forwarded-host": f"a.test:{routed.http_port}",
         "x-forwarded-port": str(routed.http_port),
+        "forwarded": "for=127.0.0.1;proto=http",
         "x-request-id": "mine",
         "content-length": "7",
     }

@@ -23,7 +23,18 @@ from agent.config.settings import Extension, Settings
 from agent.errors import RenderError
 from agent.labels.names import LISTS
 from agent.labels.names import OPTIONS as LABELS
-from agent.model import BackendTls, Desired, Host, Location, Policy, Site, Tls, VerifyClient
+from agent.model import (
+    BackendTls,
+    Desired,
+    Host,
+    Location,
+    Policy,
+    Protocol,
+    Redirect,
+    Site,
+    Tls,
+    VerifyClient,
+)
 from agent.render import DEFAULT_FILE, Capabilities, file_name, render
 
 OPTIONS = settings(ssl_default_cert="default.pem")
@@ -411,6 +422,58 @@ def test_no_value_of_tls_means_anything_but_itself(trick):
     assert {f'"{client_ca}', f'"{certificate}', f'"{key}'} <= set(served)
     location = next(item for item in secure.block or () if item.words == ("location", "/"))
     assert Directive(("proxy_ssl_name", f"n{trick}")) in (location.block or ())
+
+
+def front(text: str) -> Site:
+    """A site with this text wherever a front of ours takes one."""
+    locations = (
+        Location("/", f"a{text}", mirror=f"m{text}", tls_only=True),
+        Location(f"/g{text}", f"g{text}", protocol=Protocol.GRPC, rewrite=True),
+        Location(f"/u{text}", f"u{text}", request_buffering=False),
+    )
+    host = Host(
+        name="a.example.com",
+        aliases=("b.example.com", f"c{text}"),
+        locations=locations,
+        tls=Tls(f"/certs/{text}", f"/certs/{text}.key"),
+        redirects=(
+            Redirect(f"c{text}", f"https://x{text}"),
+            Redirect("b.example.com", f"d{text}"),
+        ),
+    )
+    return Site((host,), default=locations)
+
+
+def shape(found: tuple[Directive, ...]) -> list[object]:
+    """The directives without their arguments."""
+    return [
+        (item.words[0], len(item.words), None if item.block is None else shape(item.block))
+        for item in found
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        settings(ssl_default_cert="d.pem"),
+        settings(trusted_proxies=("10.0.0.0/8",), grpc_port=99, nginx_status_from=("::/0",)),
+        settings(proxy_protocol=True, hide_info_headers=True),
+    ],
+)
+@given(text=VALUES)
+@example(text='"; return 200 "')
+@example(text="$request_uri")
+@example(text="://")
+@hypothesis_settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+def test_no_value_adds_a_directive_whatever_the_front_is_told_to_do(options, text):
+    plain = render(front("x"), options, CAPS)
+    try:
+        files = render(front(text), options, CAPS)
+    except RenderError:
+        return
+    assert list(files) == list(plain)
+    for name, written in files.items():
+        assert shape(parse(written)) == shape(parse(plain[name]))
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from agent.config import interlock2
 from agent.config.interlock import KEYS, Scope
 from agent.config.settings import Extension, OpenResty, Settings, load
 from agent.errors import SettingsError
@@ -125,7 +128,7 @@ def test_settings_that_are_equal_compare_equal_so_that_a_reread_can_be_skipped()
         ("LogLevel = 'loud'", "expected 'debug', 'info', 'warning' or 'error'"),
         ("[OpenResty]\nAdminPort = 70000", "line 2: OpenResty.AdminPort: got 70000, expected at"),
         ("OpenResty = 'x'", "line 1: OpenResty: got 'x', expected a table"),
-        ("[Extensions.default]\nPort = 1", "Extensions: got a table, expected tables that begin"),
+        ("[Extensions]\nPort = 1", "Extensions: got a table, expected tables that begin"),
         ("[[Extensions]]\n[[Extensions]]\nPort = 'x'", "line 3: Extensions[1].Port: got 'x'"),
         ("[[Extensions]]\nDHParam = 'true'", "Extensions[0].DHParam: got 'true', expected true or"),
         ("[[Extensions]]\nName = 5", "Extensions[0].Name: got 5, expected a string"),
@@ -350,3 +353,184 @@ def test_what_labels_may_do_is_a_setting():
 @pytest.mark.parametrize("text", ["on", "max-age", "max-age=1\\nX: y", "max-age=1; evil"])
 def test_a_header_that_is_no_hsts_is_refused(text):
     assert "HSTS" in problem(f'[[Extensions]]\nHSTS = "{text}"')
+
+
+# --- Interlock 2 and 3
+
+INTERLOCK_2S_KEYS = {
+    Scope.TOP: "EndpointOverride",
+    Scope.TABLE: "Image Args Labels Networks ContainerLabels Constraints PlacementPreferences "
+    "ServiceName ProxyImage ProxyArgs ProxyLabels ProxyContainerLabels ProxyServiceName "
+    "ProxyConfigPath ProxyReplicas ProxyStopSignal ProxyStopGracePeriod ProxyConstraints "
+    "ProxyPlacementPreferences ProxyUpdateDelay ServiceCluster PublishMode PublishedPort "
+    "TargetPort PublishedSSLPort TargetSSLPort Template HitlessServiceUpdate ConfigImage "
+    "ConfigServiceName",
+    Scope.TABLE_CONFIG: "User PidPath MaxConnections ConnectTimeout SendTimeout ReadTimeout "
+    "ServerTimeout ClientTimeout IPHash SSLOpts SSLDefaultDHParam SSLDefaultDHParamPath SSLVerify "
+    "WorkerProcesses RLimitNoFile SSLCiphers SSLProtocols HideInfoHeaders KeepaliveTimeout "
+    "ClientMaxBodySize ClientBodyBufferSize ClientHeaderBufferSize LargeClientHeaderBuffers "
+    "ClientBodyTimeout UnderscoresInHeaders ServerNamesHashBucketSize UpstreamZoneSize "
+    "GlobalOptions DefaultOptions HTTPOptions TCPOptions AccessLogPath ErrorLogPath MainLogFormat "
+    "TraceLogFormat AdminUser AdminPass",
+}
+INTERLOCK_2 = """
+ListenAddr = ":8080"
+DockerURL = "unix:///var/run/docker.sock"
+PollInterval = "3s"
+EndpointOverride = "10.0.0.1:8080"
+
+[Extensions]
+  [Extensions.default]
+    Image = "docker/ucp-interlock-extension:3.3.0"
+    Args = []
+    ServiceName = "ucp-interlock-extension"
+    ProxyImage = "docker/ucp-interlock-proxy:3.3.0"
+    ProxyReplicas = 2
+    PublishMode = "ingress"
+    PublishedPort = 80
+    TargetPort = 8000
+    PublishedSSLPort = 8443
+    TargetSSLPort = 8443
+    [Extensions.default.Labels]
+      "com.docker.ucp.InstanceID" = "x"
+    [Extensions.default.Config]
+      User = "nginx"
+      MaxConnections = 1024
+      ConnectTimeout = 60
+      SendTimeout = 61
+      ReadTimeout = 62
+      SSLCiphers = "HIGH:!aNULL:!MD5"
+      SSLProtocols = "TLSv1.2"
+      SSLDefaultDHParamPath = "/dh.pem"
+      HideInfoHeaders = true
+      KeepaliveTimeout = "65s"
+      ClientMaxBodySize = "32m"
+      ClientBodyBufferSize = "8k"
+      ClientHeaderBufferSize = "2k"
+      LargeClientHeaderBuffers = "8 16k"
+      ClientBodyTimeout = "30s"
+      UnderscoresInHeaders = true
+      HTTPOptions = ["gzip on;"]
+      TCPOptions = []
+"""
+
+
+@pytest.mark.parametrize("scope", INTERLOCK_2S_KEYS)
+def test_every_key_of_interlock_2_has_its_verdict(scope):
+    names = [key.name for key in interlock2.KEYS if key.scope is scope]
+    assert names == INTERLOCK_2S_KEYS[scope].split()
+    assert all(key.text for key in interlock2.KEYS)
+
+
+def test_a_file_of_interlock_2_is_read_as_it_is():
+    read, said = load(INTERLOCK_2, where="c")
+    extension = read.extension
+    assert (extension.port, extension.ssl_port) == (8000, 8443)
+    assert extension.times == {
+        "proxy_connect_timeout": "60s",
+        "proxy_send_timeout": "61s",
+        "proxy_read_timeout": "62s",
+        "send_timeout": "600s",
+    }
+    assert extension.dh_parameters == "/dh.pem"
+    assert extension.client_max_body_size == "32m"
+    assert extension.hide_info_headers
+    assert extension.client_options == {
+        "keepalive_timeout": "65000ms",
+        "client_body_timeout": "30000ms",
+        "client_body_buffer_size": "8k",
+        "client_header_buffer_size": "2k",
+        "large_client_header_buffers": "8 16k",
+        "underscores_in_headers": "on",
+    }
+    named = [str(remark).split(" ")[1] for remark in said]
+    assert named == [
+        "EndpointOverride",
+        *(
+            f"Extensions.default.{key}"
+            for key in [
+                "Image",
+                "ServiceName",
+                "ProxyImage",
+                "ProxyReplicas",
+                "PublishMode",
+                "PublishedPort",
+                "PublishedSSLPort",
+                "Labels",
+                "Config.User",
+                "Config.MaxConnections",
+                "Config.HTTPOptions",
+            ]
+        ),
+    ]
+    assert not any(remark.unknown for remark in said)
+
+
+def test_each_key_of_interlock_2_that_is_not_used_says_so():
+    for key in interlock2.KEYS:
+        if not key.honoured and key.scope is not Scope.TOP:
+            table = "Extensions.x.Config" if key.scope is Scope.TABLE_CONFIG else "Extensions.x"
+            said = remarks(f"[{table}]\n{key.name.upper()} = 'y'")
+            assert said == [f"c: {table}.{key.name.upper()} is not used: {key.text}"]
+
+
+def test_what_interlock_2_did_not_know_is_told_in_its_form_too():
+    (remark,) = load("[Extensions.x]\nPrt = 8", where="c")[1]
+    assert remark.unknown
+    assert "unknown key Extensions[0].Prt" in str(remark)
+
+
+# --- what is in front of OpenResty
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        (["10.0.0.1"], ("10.0.0.1/32",)),
+        (["10.1.2.3/8", " fd00::1/8 "], ("10.0.0.0/8", "fd00::/8")),
+        (["::1", "0.0.0.0/0"], ("::1/128", "0.0.0.0/0")),
+        ([], ()),
+    ],
+)
+@pytest.mark.parametrize("key", ["TrustedProxies", "NginxStatusFrom"])
+def test_addresses_and_networks(key, written, meant):
+    extension = settings(f"[[Extensions]]\n{key} = {json.dumps(written)}").extension
+    assert (
+        meant
+        == {
+            "TrustedProxies": extension.trusted_proxies,
+            "NginxStatusFrom": extension.nginx_status_from,
+        }[key]
+    )
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["example.com", "10.0.0.0/33", "", "10.0.0.1; include /etc/passwd", "unix:", "1.2.3.4 5.6.7.8"],
+)
+def test_what_is_no_address_is_refused(value):
+    with pytest.raises(SettingsError, match="an address or a network"):
+        load(f"[[Extensions]]\nTrustedProxies = [{value!r}]", where="c")
+
+
+def test_the_proxy_protocol_without_trusted_proxies_is_told():
+    (said,) = remarks("[[Extensions]]\nProxyProtocol = true")
+    assert "name the load balancers in TrustedProxies" in said
+    assert remarks("[[Extensions]]\nProxyProtocol = true\nTrustedProxies = ['10.0.0.1']") == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "ClientBodyBufferSize = '8x'",
+        "ClientHeaderBufferSize = '1k; return 200'",
+        "LargeClientHeaderBuffers = '8k'",
+        "LargeClientHeaderBuffers = '4 8k 9'",
+        "KeepaliveTimeout = '1 minute'",
+        "UnderscoresInHeaders = 'on'",
+        "GRPCPort = 70000",
+    ],
+)
+def test_settings_for_connections_of_clients_are_checked(line):
+    with pytest.raises(SettingsError):
+        load(f"[[Extensions]]\n{line}", where="c")

@@ -41,12 +41,13 @@ local WRITER_RULE = "expected 1 to 128 printable ASCII characters"
 
 local _M = {}
 
-local settings          -- {token, token_file, version, features}
+local settings          -- {token, token_file, status_password, version, features}
 local token_read_at = 0
 
 
 --- Sets what does not change while a configuration is in force.
--- @param options `{token, token_file, version, features}`; no token and no file: no authentication
+-- @param options `{token, token_file, status_password, version, features}`; no token and no file:
+--   no authentication
 function _M.configure(options)
     settings = options
 end
@@ -104,14 +105,25 @@ local function equal(sent, expected)
 end
 
 
+-- What follows the name of the scheme in the Authorization header; nil for another scheme.
+local function credentials(pattern)
+    local header = ngx.req.get_headers()["authorization"]
+    return type(header) == "string" and match(header, pattern) or nil
+end
+
+
 local function authorized()
     local expected = expected_token()
-    if not expected then
-        return true
-    end
-    local header = ngx.req.get_headers()["authorization"]
-    local sent = type(header) == "string" and match(header, "^[Bb]earer +(.+)$")
-    return sent ~= nil and sent ~= false and equal(sent, expected)
+    local sent = expected and credentials("^[Bb]earer +(.+)$")
+    return not expected or sent ~= nil and equal(sent, expected)
+end
+
+
+-- The password of HTTP basic authentication, of whatever user; nil where there is none.
+local function basic_password()
+    local sent = credentials("^[Bb]asic +(.+)$")
+    local pair = sent and ngx.decode_base64(sent)
+    return pair and match(pair, "^[^:]*:(.*)$")
 end
 
 
@@ -499,6 +511,25 @@ function _M.handle()
         return refuse(405, "method_not_allowed", path .. " takes " .. table.concat(allowed, ", "))
     end
     return call(argument)
+end
+
+
+--- Body of `access_by_lua` of /nginx_status: the password that is set for it, or the admin token.
+-- Without either nobody gets it, on no listener.
+function _M.guard_status()
+    local password, token = settings.status_password, expected_token()
+    if not password and not token then
+        refuse(403, "no_password", "nobody may read this as long as neither "
+               .. "TIDEGATE_STATUS_PASSWORD_FILE nor an admin token is set")
+        return ngx.exit(ngx.HTTP_OK)
+    end
+    local sent = basic_password()
+    if password and sent and equal(sent, password) or token and authorized() then
+        return
+    end
+    ngx.header["WWW-Authenticate"] = 'Basic realm="nginx_status"'
+    refuse(401, "unauthorized", "the password is missing or wrong")
+    return ngx.exit(ngx.HTTP_OK)
 end
 
 

@@ -196,6 +196,28 @@ function _M.ready(upstream)
 end
 
 
+--- Whether no admitted peer is left that has not just failed here. Unlike `ready` it takes nobody's
+-- turn, so that it may be asked before each request.
+function _M.is_exhausted(upstream)
+    if upstream.up > 0 and ejections == 0 then
+        return false
+    end
+    local at = now()
+    for index = 0, upstream.up - 1 do
+        if not is_ejected(upstream, index, key_of(upstream, index), at) then
+            return false
+        end
+    end
+    return true
+end
+
+
+--- The peer whose turn it is, as an index; nil where there is none.
+function _M.pick(upstream)
+    return select_peer(upstream)
+end
+
+
 --- Host and port of a peer.
 function _M.address(upstream, index)
     return host_of(upstream, index), upstream.peers[index].port

@@ -29,6 +29,8 @@ local REFUSING_LIMIT = 3
 -- Longer than a replacement commonly takes that is started once the old one has ended.
 local HOLD_BEFORE_DRAINING = 3
 local RETRY_AFTER = 5
+local GRPC_DEADLINE_EXCEEDED = 4
+local GRPC_UNAVAILABLE = 14
 local IDEMPOTENT = {
     GET = true, HEAD = true, OPTIONS = true, TRACE = true, PUT = true, DELETE = true,
 }
@@ -48,7 +50,7 @@ local _M = {}
 
 local max_held = 4096
 local held = 0
-local page = "{{status}} {{reason}}\n"
+local pages = { default = "{{status}} {{reason}}\n" }
 
 
 --- Sets how many requests may wait in a worker at a time.
@@ -58,12 +60,28 @@ end
 
 
 --- Sets the error page: HTML with `{{status}}`, `{{reason}}` and `{{text}}`.
-function _M.set_page(text)
-    page = text
+-- @param status that it is for; nil: all that have none of their own
+function _M.set_page(text, status)
+    pages[status or "default"] = text
+end
+
+
+-- Tells a gRPC client. A time-out is told apart, since what ran into it may have been done.
+local function answer_grpc(status)
+    ngx.status = 200
+    ngx.header["Content-Type"] = "application/grpc"
+    ngx.header["grpc-status"] = status == 504 and GRPC_DEADLINE_EXCEEDED or GRPC_UNAVAILABLE
+    ngx.header["grpc-message"] = TEXTS[status] or "Something went wrong on the way."
+    -- Only so does the answer end with its head, as gRPC wants it.
+    ngx.header["Content-Length"] = 0
+    return ngx.exit(ngx.HTTP_OK)
 end
 
 
 local function answer(status)
+    if var.tidegate_grpc == "1" then
+        return answer_grpc(status)
+    end
     local values = {
         status = status,
         reason = REASONS[status] or "Error",
@@ -75,7 +93,7 @@ local function answer(status)
     end
     ngx.header["Content-Type"] = "text/html; charset=utf-8"
     ngx.header["Cache-Control"] = "no-store"
-    local body = gsub(page, "{{(%a+)}}", values)
+    local body = gsub(pages[status] or pages.default, "{{(%a+)}}", values)
     ngx.header["Content-Length"] = #body
     ngx.print(body)
     return ngx.exit(ngx.HTTP_OK)
@@ -85,6 +103,17 @@ end
 -- Whether a byte of the request has reached a peer.
 local function was_sent()
     return find(var.upstream_bytes_sent or "", "[1-9]") ~= nil
+end
+
+
+-- Whether the request can be sent once more: what was streamed is not there any more.
+local function is_repeatable()
+    if var.tidegate_streamed ~= "1" then
+        return true
+    end
+    local method = get_method()
+    return var.tidegate_grpc ~= "1" and (method == "GET" or method == "HEAD")
+        and (var.http_content_length or "0") == "0" and not var.http_transfer_encoding
 end
 
 
@@ -160,6 +189,28 @@ local function wait(name, started, pause)
 end
 
 
+--- Body of `rewrite_by_lua` of a location whose requests can be sent only once: where all peers are
+-- known to be away, they wait before they are sent, not after.
+function _M.before()
+    local name = var.tidegate_upstream
+    local upstream = balancer.lookup(name)
+    if not upstream or upstream.hold == 0 or not balancer.is_exhausted(upstream) then
+        return
+    end
+    metrics.begin(upstream.stats)
+    local found, refused = wait(name, now(), 0)
+    metrics.add(name, found and metrics.HELD_RESUMED or refused and metrics.HELD_REFUSED
+                or metrics.HELD_EXPIRED)
+end
+
+
+--- The same for gRPC, where nothing else takes off a context root.
+function _M.before_grpc()
+    strip_prefix()
+    _M.before()
+end
+
+
 --- Body of `rewrite_by_lua` of the location that failed requests are led to. Returns if the
 -- request is to be proxied again.
 function _M.fail()
@@ -184,8 +235,8 @@ function _M.fail()
         metrics.add(name, metrics.NO_PEER)
     end
     local upstream = balancer.lookup(name)
-    local may = not sent or status ~= 504 and IDEMPOTENT[get_method()]
-        and var.tidegate_retry ~= "off"
+    local may = is_repeatable() and (not sent or status ~= 504 and IDEMPOTENT[get_method()]
+        and var.tidegate_retry ~= "off")
     if may and attempt < MAX_ATTEMPTS and upstream and upstream.hold > 0 then
         var.tidegate_attempt = attempt + 1
         var.tidegate_held_since = started

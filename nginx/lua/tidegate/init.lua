@@ -11,14 +11,19 @@ local posix = require "tidegate.posix"
 local probe = require "tidegate.probe"
 local site = require "tidegate.site"
 
+-- For upstream blocks, which find them in package.loaded.
 require "tidegate.backends"
+require "tidegate.mirror"
 
 local ctl = ngx.shared.tidegate_ctl
 
 local every = ngx.timer.every
 local gsub = string.gsub
+local ipairs = ipairs
 local ngx = ngx
 local pcall = pcall
+
+local ERRORS = { 500, 502, 503, 504 }
 
 local _M = { version = "0.1.0" }
 
@@ -31,25 +36,26 @@ local function random_id()
 end
 
 
-local function read_token(options)
-    local token = os.getenv("TIDEGATE_ADMIN_TOKEN")
-    if options.token_file ~= "" then
-        local text, err = posix.read(options.token_file)
+-- A secret that is in a file, or in the environment itself; nil where there is none.
+local function read_secret(name, path)
+    local secret = os.getenv(name)
+    if path ~= "" then
+        local text, err = posix.read(path)
         if not text then
-            error("TIDEGATE_ADMIN_TOKEN_FILE cannot be read: " .. err, 0)
+            error(name .. "_FILE cannot be read: " .. err, 0)
         end
-        token = gsub(text, "%s+$", "")
-        if token == "" then
-            error("TIDEGATE_ADMIN_TOKEN_FILE " .. options.token_file .. " is empty", 0)
+        secret = gsub(text, "%s+$", "")
+        if secret == "" then
+            error(name .. "_FILE " .. path .. " is empty", 0)
         end
     end
-    return token ~= "" and token or nil
+    return secret ~= "" and secret or nil
 end
 
 
 --- Body of `init_by_lua`: runs in the master at each load of the configuration.
 -- @param options `{run, state, binary, features, untrusted, ca_bundle, token_file, lease_ttl,
---   max_held, error_page}`
+--   max_held, error_page, error_pages, status_password_file}`
 function _M.start(options)
     math.randomseed(ngx.time() * 1000 + ngx.worker.pid())
     if not ctl:get("instance") then
@@ -63,8 +69,9 @@ function _M.start(options)
     site.configure(options, certificates.prepare)
     certificates.configure(options, site.texts())
     api.configure({
-        token = read_token(options),
+        token = read_secret("TIDEGATE_ADMIN_TOKEN", options.token_file),
         token_file = options.token_file ~= "" and options.token_file or nil,
+        status_password = read_secret("TIDEGATE_STATUS_PASSWORD", options.status_password_file),
         version = _M.version,
         features = options.features,
     })
@@ -74,6 +81,11 @@ function _M.start(options)
         hold.set_page(page)
     else
         ngx.log(ngx.ERR, "tidegate: the error page cannot be read: ", err)
+    end
+    if options.error_pages ~= "" then
+        for _, status in ipairs(ERRORS) do
+            hold.set_page(posix.read(options.error_pages .. "/" .. status .. ".html"), status)
+        end
     end
 end
 

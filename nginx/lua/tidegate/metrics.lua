@@ -111,6 +111,12 @@ function _M.begin(entry)
 end
 
 
+--- Whether `begin` was called for the current request.
+function _M.is_under_way()
+    return live[tonumber(cast(uintptr, get_request()))] ~= nil
+end
+
+
 --- Counts the current request, which has ended.
 function _M.log()
     local request = tonumber(cast(uintptr, get_request()))

@@ -1,0 +1,41 @@
+--- Sends copies of requests to a second upstream, and counts them there.
+--
+-- Why apart from the balancer: a copy shares its variables with the request it was made of, so that
+-- nothing may be written to them here, and a copy that fails is of no further interest.
+
+local balancer = require "tidegate.balancer"
+local metrics = require "tidegate.metrics"
+local set_current_peer = require("ngx.balancer").set_current_peer
+
+local ngx = ngx
+local var = ngx.var
+
+local _M = {}
+
+
+--- Body of `balancer_by_lua`.
+function _M.balance()
+    local name = var.tidegate_mirror
+    metrics.begin(metrics.of(name))
+    local upstream = balancer.lookup(name)
+    local index = upstream and balancer.pick(upstream)
+    if not index then
+        return ngx.exit(ngx.ERROR)
+    end
+    local ok, err = set_current_peer(balancer.address(upstream, index))
+    if not ok then
+        ngx.log(ngx.ERR, "tidegate: mirror ", name, ": ", err)
+        return ngx.exit(ngx.ERROR)
+    end
+end
+
+
+--- Body of `log_by_lua` of the location of the copies: one that got as far as the balancer counts.
+function _M.log()
+    if metrics.is_under_way() then
+        metrics.log()
+    end
+end
+
+
+return _M
