@@ -5,8 +5,10 @@
 -- answered. None of this costs anything as long as requests succeed.
 
 local balancer = require "tidegate.balancer"
+local health = require "tidegate.health"
 local last_resort = require "tidegate.last_resort"
 local metrics = require "tidegate.metrics"
+local selection = require "tidegate.selection"
 
 local get_method = ngx.req.get_method
 local find = string.find
@@ -139,7 +141,7 @@ local function wait(name, started, pause)
             break
         end
         local waited = now() - started
-        if pause <= 0 and balancer.ready(upstream) then
+        if pause <= 0 and selection.ready(upstream) then
             found = true
             break
         end
@@ -167,7 +169,7 @@ function _M.fail()
     if not name or name == "" or status == 503 then
         return answer(status)
     end
-    balancer.note_last_failure(name)
+    health.note_last_failure(name)
     local no_peer = var.tidegate_no_peer == "1"
     local tried = find(var.upstream_addr or "", "%d:%d") ~= nil
     if status == 500 and not no_peer and not tried then

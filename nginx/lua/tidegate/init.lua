@@ -2,6 +2,7 @@
 
 local api = require "tidegate.api"
 local balancer = require "tidegate.balancer"
+local health = require "tidegate.health"
 local hold = require "tidegate.hold"
 local lease = require "tidegate.lease"
 local metrics = require "tidegate.metrics"
@@ -100,6 +101,7 @@ function _M.start_worker()
     every(1, guarded("probing", probe.start_all))
     every(1, guarded("keeping the membership", persist.schedule))
     every(30, guarded("sweeping", balancer.sweep))
+    every(30, guarded("sweeping", health.sweep))
 end
 
 
