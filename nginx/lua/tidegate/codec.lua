@@ -8,6 +8,7 @@
 local ffi = require "ffi"
 local posix = require "tidegate.posix"
 
+local C = ffi.C
 local cast = ffi.cast
 local copy = ffi.copy
 local ffi_new = ffi.new
@@ -16,6 +17,7 @@ local ipairs = ipairs
 local sort = table.sort
 local sub = string.sub
 
+pcall(ffi.cdef, "int memcmp(const void *a, const void *b, size_t size);")
 ffi.cdef [[
 typedef struct {
     uint32_t magic;
@@ -192,11 +194,12 @@ end
 
 
 --- Unpacks `blob` into what `encode` takes.
-function _M.decode(blob)
+-- @param first only that many peers, the up ones first; nil for all
+function _M.decode(blob, first)
     local head = _M.head(blob)
     local records, peers = _M.peers(blob), {}
     local strings = HEAD_SIZE + head.count * PEER_SIZE
-    for index = 0, head.count - 1 do
+    for index = 0, (first or head.count) - 1 do
         local record = records[index]
         local address = HEAD_SIZE + index * PEER_SIZE + ADDRESS_OFFSET
         local id = strings + record.id_offset
@@ -213,6 +216,28 @@ function _M.decode(blob)
     end
     -- Reading the policy last keeps the blob, which the records point into, alive until here.
     return { peers = peers, hold = head.hold, policy = _M.policy(blob, head) }
+end
+
+
+--- Id of the peer at `index` of packed `blob` with `count` peers.
+function _M.id(blob, count, index)
+    local record = _M.peers(blob)[index]
+    local at = HEAD_SIZE + count * PEER_SIZE + record.id_offset
+    return sub(blob, at + 1, at + record.id_length)
+end
+
+
+--- Index of the first of `count` peers with an address and port; nil where there is none.
+-- @param bytes string
+function _M.find(peers, count, family, bytes, port)
+    for index = 0, count - 1 do
+        local peer = peers[index]
+        if peer.port == port and peer.family == family
+                and C.memcmp(peer.address, bytes, #bytes) == 0 then
+            return index
+        end
+    end
+    return nil
 end
 
 

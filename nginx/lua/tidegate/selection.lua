@@ -1,13 +1,15 @@
 --- Which peer of an upstream gets a request.
 --
 -- Why: the rank of the peers and what a policy asks for come together here. Whether a peer can be
--- sent to at all says `health.usable`. Must not wait and must not connect.
+-- sent to says `health.usable`, and `health.possible` where none is. Must not wait and must not
+-- connect.
 
 local health = require "tidegate.health"
 local peers = require "tidegate.peers"
 local pickers = require "tidegate.pickers"
 
 local key_of = peers.key
+local may_be_asked = health.possible
 local min = math.min
 local now = ngx.now
 local usable = health.usable
@@ -31,10 +33,13 @@ end
 
 
 local function possible(upstream, index, tried, fresh, at)
-    if tried and tried[key_of(upstream, index)] then
+    local sent = tried and tried[key_of(upstream, index)]
+    if sent and upstream.peers[index].since <= sent then
         return false
+    elseif fresh then
+        return usable(upstream, index, at)
     end
-    return not fresh or usable(upstream, index, at)
+    return may_be_asked(upstream, index)
 end
 
 
@@ -93,7 +98,7 @@ end
 
 
 --- Index of the peer for a request; nil where there is none.
--- @param tried set of `address:port` that the request was sent to already, nil for none
+-- @param tried as `attempts.tried` gives it, nil for none
 function _M.select(upstream, tried)
     local at = now()
     return choose(upstream, tried, true, at) or choose(upstream, tried, false, at)
@@ -101,8 +106,9 @@ end
 
 
 --- Whether a request to `upstream` could go to a usable peer.
-function _M.ready(upstream)
-    return choose(upstream, nil, true, now()) ~= nil
+-- @param tried as for `select`
+function _M.ready(upstream, tried)
+    return choose(upstream, tried, true, now()) ~= nil
 end
 
 
