@@ -151,7 +151,7 @@ local function next_peer(name, upstream)
         local again = var.tidegate_again
         if retry.allowed(upstream, made, again ~= "") then
             index = select_peer(upstream, attempts.tried(made, again == "retry" and 1 or made.first,
-                                                         now()))
+                                                         tonumber(var.tidegate_failed_at) or 0))
         end
     end
     if index then
@@ -178,7 +178,7 @@ local function first_peer(upstream)
         local made = attempts.read()
         local first = var.tidegate_again == "retry" and 1 or #made + 1
         index = select_peer(upstream, attempts.tried(made, first,
-                                                     tonumber(var.tidegate_held_since) or now()))
+                                                     tonumber(var.tidegate_failed_at) or now()))
     elseif upstream.up > 0 and calm then
         index = upstream.picker:next()
     else

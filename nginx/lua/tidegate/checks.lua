@@ -38,7 +38,7 @@ local LOCK = "checks"
 local TICK = 0.05           -- seconds; the plan is kept in slots of that length
 local IDLE = 0.25
 local RESCAN = 0.25         -- at most that often is the membership looked through
-local MAX_RUNNERS = 64      -- checks at a time
+local MAX_RUNNERS = 256     -- checks at a time
 local FIRST = 1             -- a peer that is new here is checked within so many seconds
 local MIN_LASTS = 60        -- seconds for which a result says something, at least
 local REST = 16384          -- bytes of an answer that are read after its status, at most
@@ -267,8 +267,10 @@ end
 
 
 local function start_runners()
-    while runners < min(MAX_RUNNERS, due_last - due_first + 1) and timer_at(0, runner) do
-        runners = runners + 1
+    for _ = 1, min(due_last - due_first + 1, MAX_RUNNERS - runners) do
+        if timer_at(0, runner) then
+            runners = runners + 1
+        end
     end
 end
 

@@ -32,21 +32,17 @@ end
 
 
 --- Whether a request may go to `upstream`, whose circuit is open.
--- @return true and whether it is the one that tries; or false and in how many seconds to come back
+-- @return whether it may, and whether it is the one that tries
 function _M.admit(upstream)
-    local left = upstream.open_until - now()
-    if left > 0 then
-        return false, ceil(left)
-    end
-    local name, open = upstream.name, upstream.policy.circuit.open
-    if not dict:get(OPEN .. name) then
+    local name = upstream.name
+    if upstream.open_until > now() then
+        return false, false
+    elseif not dict:get(OPEN .. name) then
         return true, false
     end
     -- One of which nothing is heard for so long makes room for the next.
-    if dict:safe_add(TRIAL .. name, true, open) then
-        return true, true
-    end
-    return false, ceil(open)
+    local may = dict:safe_add(TRIAL .. name, true, upstream.policy.circuit.open) == true
+    return may, may
 end
 
 

@@ -217,8 +217,9 @@ function _M.fail()
     elseif why == "" and not made.asked then
         health.note_failure(name, upstream, made)
     end
-    local attempt = tonumber(var.tidegate_attempt) or 0
+    local attempt, failed_at = tonumber(var.tidegate_attempt) or 0, now()
     var.tidegate_attempt = attempt + 1
+    var.tidegate_failed_at = failed_at
     if attempt < MAX_ATTEMPTS and upstream and why == "" and not made.asked
             and may_retry(upstream, made) then
         retry.note(upstream)
@@ -235,7 +236,7 @@ function _M.fail()
         local started = tonumber(held_since) or now()
         var.tidegate_held_since = started
         local pause = no_peer and 0 or 0.005 * 2 ^ attempt
-        local tried = attempts.tried(made, #made + 1, started)
+        local tried = attempts.tried(made, #made + 1, failed_at)
         local found, refused = wait(name, tried, started, pause)
         if found then
             if held_since == "" then
