@@ -2,8 +2,8 @@
 --
 -- Why: a task is RUNNING before its process listens; a peer that takes no connection yet must not
 -- get requests, and where its upstream has an HTTP check, none that does not pass it. The worker
--- that applied a push starts at once; should it die, any other one finds the work in the shared dict
--- a second later. Nothing here is needed for requests to go on.
+-- that applied a push starts at once; should it die, any other one finds the work in the shared
+-- dict a second later. Nothing here is needed for requests to go on.
 
 local checks = require "tidegate.checks"
 local codec = require "tidegate.codec"
