@@ -6,34 +6,46 @@
 -- `tidegate.hold`.
 
 local balancer = require "ngx.balancer"
+local canaries = require "tidegate.canary"
 local codec = require "tidegate.codec"
+local ffi = require "ffi"
+local get_request = require("resty.core.base").get_request
 local health = require "tidegate.health"
+local load = require "tidegate.load"
 local metrics = require "tidegate.metrics"
 local peers = require "tidegate.peers"
 local policies = require "tidegate.policy"
+local queue = require "tidegate.queue"
 local selection = require "tidegate.selection"
+local sticky = require "tidegate.sticky"
 local store = require "tidegate.store"
 
 local ptr = ngx.shared.tidegate_ptr
 
 local begin = metrics.begin
+local cast = ffi.cast
 local exit = ngx.exit
 local get_last_failure = balancer.get_last_failure
 local host_of = peers.host
+local match = string.match
 local min = math.min
 local pairs = pairs
 local quiet = health.quiet
 local select_peer = selection.select
 local set_current_peer = balancer.set_current_peer
 local set_more_tries = balancer.set_more_tries
+local tonumber = tonumber
+local uintptr = ffi.typeof("uintptr_t")
 local var = ngx.var
 
 local ERROR = ngx.ERROR
+local FULL = selection.FULL
 local MAX_TRIES = 5
 
 local _M = {}
 
 local known = {}            -- upstream name → what this worker has made of its version
+local origins = {}          -- request that went to a canary → name of the upstream it came from
 
 
 -- What the worker needs of a version; `blob` keeps the records alive.
@@ -44,21 +56,23 @@ local function open(name, blob, number, before)
         candidates = candidates + head.probing
     end
     local tries = min(candidates, MAX_TRIES)
+    local policy = policies.parse(codec.policy(blob, head))
     local upstream = {
         name = name,
         number = number,
         blob = blob,
+        head = head,
         peers = codec.peers(blob),
         up = head.up,
         draining = head.draining,
         probing = head.probing,
         hold = head.hold,
         uniform = head.uniform == 1,
-        total_weight = head.total_weight,
-        policy = policies.parse(codec.policy(blob, head)),
+        policy = policy,
         tries = tries > 1 and tries,
         hosts = {},
         stats = metrics.of(name),
+        canary = policy.canary and canaries.new(policy.canary, before and before.canary or nil),
     }
     selection.open(upstream, before)
     health.open(upstream, before)
@@ -98,31 +112,116 @@ function _M.sweep()
 end
 
 
+local function current()
+    return tonumber(cast(uintptr, get_request()))
+end
+
+
+-- The canary of `upstream`, if the request is to go there; a session stays where it is.
+local function canary_for(upstream)
+    local canary = upstream.canary
+    local wanted = canaries.asked(canary)
+    if wanted == false or wanted == nil and selection.knows(upstream) then
+        return nil
+    end
+    local other = lookup(canary.upstream)
+    if not other or other.up == 0 then
+        return nil
+    end
+    if wanted or selection.knows(other) or canaries.turn(canary) then
+        return other
+    end
+    return nil
+end
+
+
+-- The peer for a request to an upstream whose policy asks for more than a turn.
+-- @return upstream (the canary, where it goes there), index or nil, and why there is none
+local function choose(upstream)
+    if upstream.counted then
+        local before, index = queue.admitted()
+        if before then
+            return before, index
+        elseif upstream.queue > 0 and queue.busy(upstream) then
+            return upstream, nil, FULL
+        end
+    end
+    local canary = upstream.canary and canary_for(upstream)
+    if canary then
+        local index = select_peer(canary, nil, true)
+        if index then
+            origins[current()] = upstream.name
+            canary.stats.ended = true
+            var.tidegate_upstream = canary.name
+            return canary, index
+        end
+    end
+    return upstream, select_peer(upstream)
+end
+
+
+-- A canary's request that failed there goes back to where it came from.
+-- @return that upstream, or nil
+local function go_back()
+    local request = current()
+    local name = origins[request]
+    if not name then
+        return nil
+    end
+    origins[request] = nil
+    var.tidegate_upstream = name
+    return lookup(name)
+end
+
+
+-- The peer for a request that has failed.
+local function choose_again(name, upstream)
+    local stats = upstream and upstream.stats
+    if stats and stats.ended then
+        load.finish(true)
+        queue.wake(name)
+    end
+    local tried = health.note_failure(name)
+    local index = upstream and select_peer(upstream, tried)
+    if not index then
+        upstream = go_back()
+        index = upstream and select_peer(upstream, tried)
+        if not index then
+            return nil
+        end
+        begin(upstream.stats)
+        if upstream.tries then
+            set_more_tries(upstream.tries)
+        end
+    end
+    metrics.add(name, metrics.RETRIES)
+    return upstream, index
+end
+
+
 --- Body of `balancer_by_lua`.
 function _M.balance()
     local name = var.tidegate_upstream
     local upstream = lookup(name)
-    local failure = get_last_failure()
     local index
-    if failure then
-        local tried = health.note_failure(name)
-        index = upstream and select_peer(upstream, tried)
+    if get_last_failure() then
+        upstream, index = choose_again(name, upstream)
         if not index then
             return exit(ERROR)
         end
-        metrics.add(name, metrics.RETRIES)
     else
+        local why
         if upstream then
-            if upstream.up > 0 and quiet() then
+            if upstream.plain and quiet() then
                 index = upstream.picker:next()
             else
-                index = select_peer(upstream)
+                upstream, index, why = choose(upstream)
             end
             begin(upstream.stats)
         end
         if not index then
             -- Debian's build has no way to answer 503 from here; `hold` sorts it out.
-            var.tidegate_no_peer = "1"
+            var.tidegate_no_peer = why or "1"
             return exit(ERROR)
         end
         if upstream.tries then
@@ -138,9 +237,41 @@ function _M.balance()
 end
 
 
+--- Takes note that no peer of upstream `name` has answered the current request.
+-- @return name of the upstream that it belongs to: of a canary's request, where it came from
+function _M.give_up(name)
+    local upstream = known[name]
+    if not upstream then
+        return name
+    end
+    if upstream.session then
+        sticky.unset(upstream)
+    end
+    if upstream.stats.ended then
+        load.finish(true)
+        queue.wake(name)
+        local origin = go_back()
+        return origin and origin.name or name
+    end
+    return name
+end
+
+
+-- Seconds until the head of the answer; nil if there was none.
+local function header_time()
+    return tonumber(match(var.upstream_header_time or "", "[%d.]+$"))
+end
+
+
 --- Body of `log_by_lua`: takes note of the end of a request.
 function _M.log()
-    metrics.log()
+    local stats = metrics.log()
+    if stats.ended then
+        load.finish(false, header_time)
+        queue.forget()
+        origins[current()] = nil
+        queue.wake(stats.name)
+    end
 end
 
 

@@ -8,6 +8,7 @@ local balancer = require "tidegate.balancer"
 local health = require "tidegate.health"
 local last_resort = require "tidegate.last_resort"
 local metrics = require "tidegate.metrics"
+local queue = require "tidegate.queue"
 local selection = require "tidegate.selection"
 
 local get_method = ngx.req.get_method
@@ -162,6 +163,20 @@ local function wait(name, started, pause)
 end
 
 
+-- All peers have as many requests as they may have.
+local function wait_for_room(name)
+    var.tidegate_no_peer = ""
+    local admitted, why = queue.wait(name, balancer.lookup)
+    if not admitted then
+        metrics.add(name, why == "expired" and metrics.QUEUE_EXPIRED or metrics.QUEUE_REFUSED)
+        return answer(503)
+    end
+    metrics.add(name, metrics.QUEUE_ADMITTED)
+    strip_prefix()
+    ngx.status = ngx.HTTP_OK
+end
+
+
 --- Body of `rewrite_by_lua` of the location that failed requests are led to. Returns if the
 -- request is to be proxied again.
 function _M.fail()
@@ -170,6 +185,10 @@ function _M.fail()
         return answer(status)
     end
     health.note_last_failure(name)
+    name = balancer.give_up(name)
+    if var.tidegate_no_peer == selection.FULL then
+        return wait_for_room(name)
+    end
     local no_peer = var.tidegate_no_peer == "1"
     local tried = find(var.upstream_addr or "", "%d:%d") ~= nil
     if status == 500 and not no_peer and not tried then

@@ -7,6 +7,7 @@
 
 local codec = require "tidegate.codec"
 local ffi = require "ffi"
+local load = require "tidegate.load"
 local get_request = require("resty.core.base").get_request
 local store = require "tidegate.store"
 
@@ -41,6 +42,7 @@ local METHOD_CLASS = {
 }
 local BOUNDS = { 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10 }
 local HELD_RESULTS = { "resumed", "expired", "refused" }
+local QUEUE_RESULTS = { "admitted", "expired", "refused" }
 
 -- Places in the array of counters of one upstream.
 local BUCKETS = 15          -- 0 to 14: method class * 5 + status class
@@ -51,7 +53,8 @@ local CONNECT_FAILURES = SUM + 1
 local RETRIES = SUM + 2
 local NO_PEER = SUM + 3
 local HELD = SUM + 4        -- and the two after it
-local SIZE = HELD + #HELD_RESULTS
+local QUEUE = HELD + #HELD_RESULTS
+local SIZE = QUEUE + #QUEUE_RESULTS
 local counters_type = ffi.typeof("double[?]")
 
 local INFLIGHT_TTL = 5
@@ -63,6 +66,9 @@ local _M = {
     HELD_RESUMED = HELD,
     HELD_EXPIRED = HELD + 1,
     HELD_REFUSED = HELD + 2,
+    QUEUE_ADMITTED = QUEUE,
+    QUEUE_EXPIRED = QUEUE + 1,
+    QUEUE_REFUSED = QUEUE + 2,
 }
 
 local all = {}      -- upstream name → its counters in this worker
@@ -70,7 +76,8 @@ local live = {}     -- address of a request → counters of the upstream it was 
 local direct = false
 
 
---- Counters of upstream `name` in this worker: `{count (array), inflight, dirty}`.
+--- Counters of upstream `name` in this worker: `{name, count (array), inflight, dirty}`; `ended`
+-- once its requests leave something behind that the balancer has to clear away at their end.
 local function of(name)
     local entry = all[name]
     if not entry then
@@ -111,6 +118,7 @@ end
 
 
 --- Counts the current request, which has ended.
+-- @return counters of its upstream, as `of` gives them
 function _M.log()
     local request = tonumber(cast(uintptr, get_request()))
     local entry = live[request]
@@ -146,6 +154,7 @@ function _M.log()
     if direct then
         _M.flush()
     end
+    return entry
 end
 
 
@@ -275,6 +284,9 @@ local function counter_lines(families, name, tag)
     for index, result in ipairs(HELD_RESULTS) do
         line("held_requests_total", tag .. ',result="' .. result .. '"', HELD + index - 1)
     end
+    for index, result in ipairs(QUEUE_RESULTS) do
+        line("queue_requests_total", tag .. ',result="' .. result .. '"', QUEUE + index - 1)
+    end
 end
 
 
@@ -297,6 +309,10 @@ local function upstream_lines(families, name, busy)
                 add_line(families, "peers", tag .. ',state="' .. state .. '"', count)
             end
         end
+        local queued = head.queue_cell ~= 0 and load.sum(head.queue_cell) or 0
+        if queued > 0 then
+            add_line(families, "queue_length", tag, queued)
+        end
     end
 end
 
@@ -309,6 +325,8 @@ local UPSTREAM_FAMILIES = {
     { "upstream_retries_total", "counter", "Requests tried again on another peer." },
     { "no_peer_total", "counter", "Times that there was no peer for a request." },
     { "held_requests_total", "counter", "Requests that waited for a peer, by how that ended." },
+    { "queue_length", "gauge", "Requests that wait for a peer with room." },
+    { "queue_requests_total", "counter", "Requests that met only full peers, and how it ended." },
     { "peers", "gauge", "Peers by state; idle ones have weight 0 or another's address." },
 }
 
@@ -355,6 +373,8 @@ function _M.print(facts)
            ctl:get("site_changes") or 0)
     single("site_refusals_total", "counter", "Site changes that were refused.",
            ctl:get("site_refusals") or 0)
+    single("load_cells", "gauge", "Places for counting load that are in use.", load.used())
+    single("load_cells_capacity", "gauge", "Places for counting load.", load.CAPACITY)
     single("workers", "gauge", "Worker processes configured.", ngx.worker.count())
     single("metrics_lost_total", "counter", "Increments lost because their dict is full.",
            ctl:get("metrics_lost") or 0)
