@@ -7,39 +7,50 @@
 
 local attempts = require "tidegate.attempts"
 local balancer = require "ngx.balancer"
+local canaries = require "tidegate.canary"
 local circuit = require "tidegate.circuit"
 local codec = require "tidegate.codec"
+local ffi = require "ffi"
+local get_request = require("resty.core.base").get_request
 local health = require "tidegate.health"
+local load = require "tidegate.load"
 local metrics = require "tidegate.metrics"
 local peers = require "tidegate.peers"
 local policies = require "tidegate.policy"
+local queue = require "tidegate.queue"
 local retry = require "tidegate.retry"
 local selection = require "tidegate.selection"
+local sticky = require "tidegate.sticky"
 local store = require "tidegate.store"
 
 local ptr = ngx.shared.tidegate_ptr
 
 local begin = metrics.begin
+local cast = ffi.cast
 local exit = ngx.exit
 local get_last_failure = balancer.get_last_failure
 local host_of = peers.host
+local look = health.look
+local match = string.match
 local ngx = ngx
 local note_end = health.note_end
 local now = ngx.now
 local pairs = pairs
-local quiet = health.quiet
 local select_peer = selection.select
 local set_current_peer = balancer.set_current_peer
 local set_more_tries = balancer.set_more_tries
 local set_timeouts = balancer.set_timeouts
 local tonumber = tonumber
+local uintptr = ffi.typeof("uintptr_t")
 local var = ngx.var
 
 local ERROR = ngx.ERROR
+local FULL = selection.FULL
 
 local _M = {}
 
 local known = {}            -- upstream name → what this worker has made of its version
+local origins = {}          -- request that went to a canary → name of the upstream it came from
 
 
 -- What the worker needs of a version; `blob` keeps the records alive.
@@ -49,23 +60,24 @@ local function open(name, blob, number, before)
     if head.hold == 0 then
         candidates = candidates + head.probing
     end
+    local policy = policies.parse(codec.policy(blob, head))
     local upstream = {
         name = name,
         number = number,
         blob = blob,
-        count = head.count,
+        head = head,
         peers = codec.peers(blob),
         up = head.up,
         draining = head.draining,
         probing = head.probing,
         hold = head.hold,
         uniform = head.uniform == 1,
-        total_weight = head.total_weight,
-        policy = policies.parse(codec.policy(blob, head)),
+        policy = policy,
         hosts = {},
         stats = metrics.of(name),
+        canary = policy.canary and canaries.new(policy.canary, before and before.canary or nil),
     }
-    local timeouts = upstream.policy.timeouts
+    local timeouts = policy.timeouts
     upstream.timeouts = timeouts.connect + timeouts.send + timeouts.read > 0 and timeouts
     selection.open(upstream, before)
     health.open(upstream)
@@ -94,7 +106,14 @@ local function lookup(name)
 end
 
 
-_M.lookup = lookup
+--- Upstream `name` as it is now, with what is known of its peers' health; nil where there is none.
+function _M.lookup(name)
+    local upstream = lookup(name)
+    if upstream then
+        look(upstream)
+    end
+    return upstream
+end
 
 
 --- Forgets upstreams that are gone.
@@ -107,30 +126,32 @@ function _M.sweep()
 end
 
 
--- What only a policy asks for, at the first peer of a request.
--- @return nil, or why this is to go to `tidegate.hold` instead
-local function prepare(upstream)
-    local led = var.tidegate_again ~= ""
-    if upstream.budget and not led then
-        retry.count(upstream)
+local function current()
+    return tonumber(cast(uintptr, get_request()))
+end
+
+
+-- The canary of `upstream`, if the request is to go there; a session stays where it is.
+local function canary_for(upstream)
+    local canary = upstream.canary
+    local wanted = canaries.asked(canary)
+    if wanted == false or wanted == nil and selection.knows(upstream) then
+        return nil
     end
-    if upstream.retry_led and not led then
-        return "led"
+    local other = lookup(canary.upstream)
+    if not other or other.up == 0 then
+        return nil
     end
-    local timeouts = upstream.timeouts
-    if timeouts then
-        set_timeouts(timeouts.connect > 0 and timeouts.connect or nil,
-                     timeouts.send > 0 and timeouts.send or nil,
-                     timeouts.read > 0 and timeouts.read or nil)
+    if wanted or selection.knows(other) or canaries.turn(canary) then
+        return other
     end
-    retry.grant(upstream, led)
     return nil
 end
 
 
--- Whether the open circuit of `upstream` lets this request through.
+-- Whether the circuit of `upstream` lets this request through.
 local function admit(upstream)
-    if var.tidegate_trial == "1" then
+    if not upstream.open_until or var.tidegate_trial == "1" then
         return true
     end
     local may, trial = circuit.admit(upstream)
@@ -141,55 +162,120 @@ local function admit(upstream)
 end
 
 
--- The peer for a request that a peer has failed.
-local function next_peer(name, upstream)
-    local made = attempts.read()
-    health.note_failure(name, upstream, made)
-    local index
-    if upstream then
-        health.quiet(upstream)
-        local again = var.tidegate_again
-        if retry.allowed(upstream, made, again ~= "") then
-            index = select_peer(upstream, attempts.tried(made, again == "retry" and 1 or made.first,
-                                                         tonumber(var.tidegate_failed_at) or 0))
+-- The peer for a request to an upstream whose policy asks for more than a turn.
+-- @param tried as for `selection.select`
+-- @return upstream (the canary, where it goes there), index or nil, and why there is none
+local function choose(upstream, tried)
+    if upstream.counted then
+        local before, index = queue.admitted()
+        if before then
+            return before, index
+        elseif upstream.queue > 0 and queue.busy(upstream) then
+            return upstream, nil, FULL
         end
     end
-    if index then
-        retry.note(upstream)
+    local canary = upstream.canary and canary_for(upstream)
+    if canary then
+        look(canary)
+        local index = admit(canary) and select_peer(canary, tried, true)
+        if index then
+            origins[current()] = upstream.name
+            canary.stats.ended = true
+            var.tidegate_upstream = canary.name
+            begin(canary.stats)
+            return canary, index
+        end
     end
-    return index
+    return upstream, select_peer(upstream, tried)
 end
 
 
--- The first peer for a request.
-local function first_peer(upstream)
-    local before = begin(upstream.stats) and var.tidegate_again ~= ""
-    local calm = quiet(upstream)
-    local why = upstream.open_until and not admit(upstream) and "open"
-        or upstream.special and prepare(upstream)
-    if why then
-        -- Debian's build has no way to answer 503 from here; `hold` sorts it out.
-        var.tidegate_no_peer = why
+-- A canary's request that failed there goes back to where it came from.
+-- @return that upstream, or nil
+local function go_back()
+    local request = current()
+    local name = origins[request]
+    if not name then
         return nil
     end
-    local index
-    if before then
-        -- It comes from `hold`.
-        local made = attempts.read()
-        local first = var.tidegate_again == "retry" and 1 or #made + 1
-        index = select_peer(upstream, attempts.tried(made, first,
-                                                     tonumber(var.tidegate_failed_at) or now()))
-    elseif upstream.up > 0 and calm then
-        index = upstream.picker:next()
-    else
-        index = select_peer(upstream)
+    origins[request] = nil
+    var.tidegate_upstream = name
+    return _M.lookup(name)
+end
+
+
+-- The peer for a request that has failed.
+local function choose_again(name, upstream)
+    local made, again = attempts.read(), var.tidegate_again
+    health.note_failure(name, upstream, made)
+    local stats = upstream and upstream.stats
+    if stats and stats.ended then
+        load.finish(true)
+        queue.wake(name)
     end
+    local asked = upstream or go_back()
+    if not asked or not retry.allowed(asked, made, again ~= "") then
+        return nil
+    end
+    look(asked)
+    local tried = attempts.tried(made, again == "retry" and 1 or made.first,
+                                 tonumber(var.tidegate_failed_at) or 0)
+    local index = select_peer(asked, tried)
     if not index then
-        var.tidegate_no_peer = "none"
-    elseif upstream.tries and not upstream.special and not before then
-        set_more_tries(upstream.tries)
+        asked = go_back()
+        index = asked and select_peer(asked, tried)
+        if not index then
+            return nil
+        end
     end
-    return index
+    if asked ~= upstream then
+        begin(asked.stats)
+        if asked.tries then
+            set_more_tries(asked.tries)
+        end
+    end
+    retry.note(name)
+    return asked, index
+end
+
+
+-- What a policy has nginx do, at the first peer of a request or the first one after `hold`.
+local function instruct(upstream, again)
+    if upstream.budget and again ~= "held" and again ~= "retry" then
+        retry.count(upstream)
+    end
+    local timeouts = upstream.timeouts
+    if timeouts then
+        set_timeouts(timeouts.connect > 0 and timeouts.connect or nil,
+                     timeouts.send > 0 and timeouts.send or nil,
+                     timeouts.read > 0 and timeouts.read or nil)
+    end
+    retry.grant(upstream, again ~= "")
+end
+
+
+-- The first peer for a request that is no plain one: its upstream's policy asks for more, some
+-- peers are to be left alone, or it comes from `hold`.
+-- @return upstream, index or nil, and why there is none
+local function choose_first(upstream, before)
+    local again = before and var.tidegate_again or ""
+    if not admit(upstream) then
+        return upstream, nil, "open"
+    elseif upstream.retry_led and again == "" then
+        return upstream, nil, "led"
+    end
+    local tried
+    if again ~= "" then
+        local made = attempts.read()
+        tried = attempts.tried(made, again == "retry" and 1 or #made + 1,
+                               tonumber(var.tidegate_failed_at) or now())
+    end
+    local index, why
+    upstream, index, why = choose(upstream, tried)
+    if index then
+        instruct(upstream, again)
+    end
+    return upstream, index, why
 end
 
 
@@ -199,14 +285,29 @@ function _M.balance()
     local upstream = lookup(name)
     local index
     if get_last_failure() then
-        index = next_peer(name, upstream)
-    elseif upstream then
-        index = first_peer(upstream)
+        upstream, index = choose_again(name, upstream)
+        if not index then
+            return exit(ERROR)
+        end
     else
-        var.tidegate_no_peer = "none"
-    end
-    if not index then
-        return exit(ERROR)
+        local why
+        if upstream then
+            local before = begin(upstream.stats)
+            if look(upstream) and upstream.plain and not upstream.special and not before
+                    and not upstream.open_until then
+                index = upstream.picker:next()
+                if upstream.tries then
+                    set_more_tries(upstream.tries)
+                end
+            else
+                upstream, index, why = choose_first(upstream, before)
+            end
+        end
+        if not index then
+            -- Debian's build has no way to answer 503 from here; `hold` sorts it out.
+            var.tidegate_no_peer = why or "none"
+            return exit(ERROR)
+        end
     end
     local ok, err = set_current_peer(upstream.hosts[index] or host_of(upstream, index),
                                      upstream.peers[index].port)
@@ -217,11 +318,44 @@ function _M.balance()
 end
 
 
+--- Takes note that no peer of upstream `name` has answered the current request.
+-- @return name of the upstream that it belongs to: of a canary's request, where it came from
+function _M.give_up(name)
+    local upstream = known[name]
+    if not upstream then
+        return name
+    end
+    if upstream.session then
+        sticky.unset(upstream)
+    end
+    if upstream.stats.ended then
+        load.finish(true)
+        queue.wake(name)
+        local origin = go_back()
+        return origin and origin.name or name
+    end
+    return name
+end
+
+
+-- Seconds until the head of the answer; nil if there was none.
+local function header_time()
+    return tonumber(match(var.upstream_header_time or "", "[%d.]+$"))
+end
+
+
 --- Body of `log_by_lua`: takes note of the end of a request.
 function _M.log()
-    local upstream = known[metrics.log()]
+    local stats = metrics.log()
+    local upstream = known[stats.name]
     if upstream then
         note_end(upstream, ngx.status)
+    end
+    if stats.ended then
+        load.finish(false, header_time)
+        queue.forget()
+        origins[current()] = nil
+        queue.wake(stats.name)
     end
 end
 

@@ -10,6 +10,7 @@ local circuit = require "tidegate.circuit"
 local metrics = require "tidegate.metrics"
 local peers = require "tidegate.peers"
 local records = require "tidegate.records"
+local retry = require "tidegate.retry"
 
 local key_of = peers.key
 local look = records.look
@@ -36,11 +37,20 @@ function _M.open(upstream)
 end
 
 
---- Looks for news of `upstream`, once per request, and says whether all its peers are usable.
-function _M.quiet(upstream)
-    look(upstream)
+--- Whether all peers of `upstream` are usable, as far as this worker has looked.
+function _M.calm(upstream)
     local health = upstream.health
     return ejections == 0 and not health.ejected and not health.unhealthy
+end
+
+
+local calm = _M.calm
+
+
+--- Looks for news of `upstream`, once per request, and says whether all its peers are usable.
+function _M.look(upstream)
+    look(upstream)
+    return calm(upstream)
 end
 
 
@@ -131,9 +141,8 @@ end
 --- Takes note of the end of a request to `upstream`, answered with `status`. Whatever failed
 -- without an answer of a peer has been noted before.
 function _M.note_end(upstream, status)
-    local stats, policy = upstream.stats, upstream.policy
-    local suspects = upstream.health.suspects
-    if status < 500 and not suspects and stats.retried == 0 and not policy.circuit then
+    local policy, suspects = upstream.policy, upstream.health.suspects
+    if status < 500 and not suspects and not policy.circuit and retry.pending == 0 then
         return
     end
     local made = (status >= 500 or suspects) and attempts.read() or {}
@@ -146,8 +155,8 @@ function _M.note_end(upstream, status)
             records.succeeded(upstream, index)
         end
     end
-    if stats.retried > 0 and var.tidegate_retried == "1" then
-        stats.retried = stats.retried - 1
+    if retry.pending > 0 and var.tidegate_retried == "1" then
+        retry.pending = retry.pending - 1
         metrics.add(upstream.name, status < 500 and metrics.RETRIED_OK or metrics.RETRIED_FAILED)
     end
     if policy.circuit then

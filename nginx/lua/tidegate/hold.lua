@@ -10,6 +10,7 @@ local circuit = require "tidegate.circuit"
 local health = require "tidegate.health"
 local last_resort = require "tidegate.last_resort"
 local metrics = require "tidegate.metrics"
+local queue = require "tidegate.queue"
 local retry = require "tidegate.retry"
 local selection = require "tidegate.selection"
 
@@ -180,11 +181,24 @@ local function go_on(how)
 end
 
 
--- Whether the policy of `upstream` has the request sent to another peer at once, where the site
--- would not.
+-- All peers have as many requests as they may have.
+local function wait_for_room(name)
+    local admitted, why = queue.wait(name, balancer.lookup)
+    if not admitted then
+        metrics.add(name, why == "expired" and metrics.QUEUE_EXPIRED or metrics.QUEUE_REFUSED)
+        return answer(503)
+    end
+    metrics.add(name, metrics.QUEUE_ADMITTED)
+    return go_on("queued")
+end
+
+
+-- Whether the request is to be sent to another peer at once, where nginx would not: because the
+-- policy of `upstream` says so, or because it has been here before and nginx has but one try then.
 local function may_retry(upstream, made)
-    return upstream.retry_on and retry.allowed(upstream, made, true)
+    return (upstream.retry_on or var.tidegate_again ~= "")
         and selection.ready(upstream, attempts.tried(made, 1, now()))
+        and retry.allowed(upstream, made, true)
 end
 
 
@@ -213,16 +227,23 @@ function _M.fail()
         metrics.add(name, metrics.CIRCUIT_REFUSED)
         return answer(503, upstream and circuit.retry_after(upstream))
     elseif why == "led" then
-        return go_on("retry")
+        return go_on("led")
     elseif why == "" and not made.asked then
         health.note_failure(name, upstream, made)
+    end
+    local origin = balancer.give_up(name)
+    if origin ~= name then
+        name, upstream = origin, balancer.lookup(origin)
+    end
+    if why == selection.FULL then
+        return wait_for_room(name)
     end
     local attempt, failed_at = tonumber(var.tidegate_attempt) or 0, now()
     var.tidegate_attempt = attempt + 1
     var.tidegate_failed_at = failed_at
     if attempt < MAX_ATTEMPTS and upstream and why == "" and not made.asked
             and may_retry(upstream, made) then
-        retry.note(upstream)
+        retry.note(name)
         return go_on("retry")
     end
     local sent, last = was_sent(made), made[#made]

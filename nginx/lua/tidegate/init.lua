@@ -6,11 +6,13 @@ local checks = require "tidegate.checks"
 local health = require "tidegate.health"
 local hold = require "tidegate.hold"
 local lease = require "tidegate.lease"
+local load = require "tidegate.load"
 local metrics = require "tidegate.metrics"
 local persist = require "tidegate.persist"
 local posix = require "tidegate.posix"
 local probe = require "tidegate.probe"
 local site = require "tidegate.site"
+local sticky = require "tidegate.sticky"
 
 local ctl = ngx.shared.tidegate_ctl
 
@@ -30,26 +32,29 @@ local function random_id()
 end
 
 
-local function read_token(options)
-    local token = os.getenv("TIDEGATE_ADMIN_TOKEN")
-    if options.token_file ~= "" then
-        local text, err = posix.read(options.token_file)
+-- A secret from the file that the variable `name`_FILE gave, else from the variable itself.
+local function read_secret(name, file)
+    local secret = os.getenv(name)
+    if file ~= "" then
+        local text, err = posix.read(file)
         if not text then
-            error("TIDEGATE_ADMIN_TOKEN_FILE cannot be read: " .. err, 0)
+            error(name .. "_FILE cannot be read: " .. err, 0)
         end
-        token = gsub(text, "%s+$", "")
-        if token == "" then
-            error("TIDEGATE_ADMIN_TOKEN_FILE " .. options.token_file .. " is empty", 0)
+        secret = gsub(text, "%s+$", "")
+        if secret == "" then
+            error(name .. "_FILE " .. file .. " is empty", 0)
         end
     end
-    return token ~= "" and token or nil
+    return secret ~= "" and secret or nil
 end
 
 
 --- Body of `init_by_lua`: runs in the master at each load of the configuration.
--- @param options `{run, state, binary, token_file, lease_ttl, max_held, error_page}`
+-- @param options `{run, state, binary, token_file, session_secret_file, lease_ttl, max_held,
+--   error_page}`
 function _M.start(options)
     math.randomseed(ngx.time() * 1000 + ngx.worker.pid())
+    load.configure()
     if not ctl:get("instance") then
         ctl:set("started_at", ngx.now())
         persist.configure(options.state)
@@ -59,8 +64,12 @@ function _M.start(options)
     persist.configure(options.state)
     lease.configure(options.lease_ttl)
     site.configure(options)
+    local token = read_secret("TIDEGATE_ADMIN_TOKEN", options.token_file)
+    -- All instances of an agent have the same token, so they read each other's sessions.
+    sticky.configure(read_secret("TIDEGATE_SESSION_SECRET", options.session_secret_file)
+                     or ngx.hmac_sha1(token or "", "tidegate session"))
     api.configure({
-        token = read_token(options),
+        token = token,
         token_file = options.token_file ~= "" and options.token_file or nil,
         version = _M.version,
     })
@@ -96,7 +105,9 @@ end
 --- Body of `init_worker_by_lua`.
 function _M.start_worker()
     math.randomseed(ngx.now() * 1000 + ngx.worker.pid() * 7919)
+    load.start_worker()
     site.worker_started()
+    every(1, guarded("counting load", load.sweep))
     -- Each second, so that a worker that dies leaves nothing undone for long.
     every(1, guarded("counting", metrics.flush))
     every(1, guarded("probing", probe.start_all))
@@ -112,6 +123,7 @@ function _M.stop_worker()
     checks.stop()
     guarded("counting", metrics.flush)()
     guarded("keeping the membership", persist.flush)()
+    guarded("counting load", load.stop_worker)()
 end
 
 

@@ -5,7 +5,9 @@
 -- they add up over workers. Keys are bounded: upstreams that exist times a fixed set of counters;
 -- those of an upstream that is removed are deleted.
 
+local codec = require "tidegate.codec"
 local ffi = require "ffi"
+local load = require "tidegate.load"
 local get_request = require("resty.core.base").get_request
 local store = require "tidegate.store"
 
@@ -41,6 +43,7 @@ local METHOD_CLASS = {
 local BOUNDS = { 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10 }
 local PEER_STATES = { "up", "draining", "probing", "idle", "ejected", "unhealthy" }
 local HELD_RESULTS = { "resumed", "expired", "refused" }
+local QUEUE_RESULTS = { "admitted", "expired", "refused" }
 
 -- Places in the array of counters of one upstream.
 local BUCKETS = 15          -- 0 to 14: method class * 5 + status class
@@ -51,7 +54,8 @@ local CONNECT_FAILURES = SUM + 1
 local RETRIES = SUM + 2
 local NO_PEER = SUM + 3
 local HELD = SUM + 4        -- and the two after it
-local EJECTIONS = HELD + #HELD_RESULTS
+local QUEUE = HELD + #HELD_RESULTS
+local EJECTIONS = QUEUE + #QUEUE_RESULTS
 local CIRCUIT_OPENED = EJECTIONS + 1
 local BUDGET_EXHAUSTED = EJECTIONS + 2
 local RETRY_TOO_LATE = EJECTIONS + 3
@@ -72,6 +76,9 @@ local _M = {
     HELD_RESUMED = HELD,
     HELD_EXPIRED = HELD + 1,
     HELD_REFUSED = HELD + 2,
+    QUEUE_ADMITTED = QUEUE,
+    QUEUE_EXPIRED = QUEUE + 1,
+    QUEUE_REFUSED = QUEUE + 2,
     EJECTIONS = EJECTIONS,
     CIRCUIT_OPENED = CIRCUIT_OPENED,
     CIRCUIT_REFUSED = CIRCUIT_REFUSED,
@@ -88,8 +95,8 @@ local live = {}     -- address of a request → counters of the upstream it was 
 local direct = false
 
 
---- Counters of upstream `name` in this worker: `{count (array), inflight, retried, dirty}`;
--- `retried` are those requests under way that were sent to another peer.
+--- Counters of upstream `name` in this worker: `{name, count (array), inflight, dirty}`; `ended`
+-- once its requests leave something behind that the balancer has to clear away at their end.
 local function of(name)
     local entry = all[name]
     if not entry then
@@ -98,7 +105,6 @@ local function of(name)
             count = ffi_new(counters_type, SIZE),
             sent = ffi_new(counters_type, SIZE),
             inflight = 0,
-            retried = 0,
             dirty = false,
         }
         all[name] = entry
@@ -133,7 +139,7 @@ end
 
 
 --- Counts the current request, which has ended.
--- @return name of its upstream
+-- @return counters of its upstream, as `of` gives them
 function _M.log()
     local request = tonumber(cast(uintptr, get_request()))
     local entry = live[request]
@@ -169,7 +175,7 @@ function _M.log()
     if direct then
         _M.flush()
     end
-    return entry.name
+    return entry
 end
 
 
@@ -308,6 +314,9 @@ local function counter_lines(families, name, tag)
     for index, result in ipairs(HELD_RESULTS) do
         line("held_requests_total", tag .. ',result="' .. result .. '"', HELD + index - 1)
     end
+    for index, result in ipairs(QUEUE_RESULTS) do
+        line("queue_requests_total", tag .. ',result="' .. result .. '"', QUEUE + index - 1)
+    end
 end
 
 
@@ -329,6 +338,11 @@ local function upstream_lines(families, name, busy, counts_of)
         if circuit then
             add_line(families, "circuit_state", tag .. ',state="' .. circuit .. '"', 1)
         end
+        local queue_cell = codec.head(blob).queue_cell
+        local queued = queue_cell ~= 0 and load.sum(queue_cell) or 0
+        if queued > 0 then
+            add_line(families, "queue_length", tag, queued)
+        end
     end
 end
 
@@ -341,6 +355,8 @@ local UPSTREAM_FAMILIES = {
     { "upstream_retries_total", "counter", "Requests tried again on another peer." },
     { "no_peer_total", "counter", "Times that there was no peer for a request." },
     { "held_requests_total", "counter", "Requests that waited for a peer, by how that ended." },
+    { "queue_length", "gauge", "Requests that wait for a peer with room." },
+    { "queue_requests_total", "counter", "Requests that met only full peers, and how it ended." },
     { "retried_requests_total", "counter", "Requests sent to more than one peer, by their end." },
     { "retries_refused_total", "counter", "Retries that the policy's budget or time forbade." },
     { "ejections_total", "counter", "Peers left alone for some time because requests failed." },
@@ -395,6 +411,8 @@ function _M.print(facts)
            ctl:get("site_changes") or 0)
     single("site_refusals_total", "counter", "Site changes that were refused.",
            ctl:get("site_refusals") or 0)
+    single("load_cells", "gauge", "Places for counting load that are in use.", load.used())
+    single("load_cells_capacity", "gauge", "Places for counting load.", load.CAPACITY)
     single("workers", "gauge", "Worker processes configured.", ngx.worker.count())
     single("metrics_lost_total", "counter", "Increments lost because their dict is full.",
            ctl:get("metrics_lost") or 0)

@@ -36,7 +36,7 @@ function _M.find(upstream, name)
     if index == nil then
         local host, port = match(name, "^%[?(.-)%]?:(%d+)$")
         local family, bytes = posix.parse_address(host or "")
-        index = family and codec.find(upstream.peers, upstream.count, family, bytes,
+        index = family and codec.find(upstream.peers, upstream.head.count, family, bytes,
                                       tonumber(port)) or false
         upstream.found[name] = index
     end

@@ -260,4 +260,12 @@ function _M.parse(text_)
 end
 
 
+--- Whether `policy` asks for the requests in flight to be counted, over all workers.
+function _M.counts_load(policy)
+    local algorithm = policy.algorithm
+    return algorithm == "least_conn" or algorithm == "ewma" or policy.max_conns > 0
+        or algorithm == "hash" and policy.hash_balance > 0
+end
+
+
 return _M

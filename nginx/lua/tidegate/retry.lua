@@ -23,7 +23,9 @@ local SLICES = 10           -- of a second each: the window of the budget
 local NOT_IDEMPOTENT = { POST = true, PATCH = true, LOCK = true }
 local DEFAULT = { error = true, timeout = true }
 
-local _M = {}
+local _M = {
+    pending = 0,            -- requests under way in this worker that were sent to another peer
+}
 
 
 --- Adds what this module keeps with an opened version.
@@ -146,11 +148,12 @@ end
 
 
 --- Takes note that a request is sent to another peer.
-function _M.note(upstream)
-    metrics.add(upstream.name, metrics.RETRIES)
+-- @param name of its upstream
+function _M.note(name)
+    metrics.add(name, metrics.RETRIES)
     if var.tidegate_retried ~= "1" then
         var.tidegate_retried = "1"
-        upstream.stats.retried = upstream.stats.retried + 1
+        _M.pending = _M.pending + 1
     end
 end
 
