@@ -5,6 +5,7 @@
 
 local codec = require "tidegate.codec"
 local json = require "tidegate.json"
+local load = require "tidegate.load"
 local pickers = require "tidegate.pickers"
 local policies = require "tidegate.policy"
 local posix = require "tidegate.posix"
@@ -240,7 +241,8 @@ function _M.show_upstream(upstream)
             .. '","port":' .. peer.port .. ',"weight":' .. peer.weight
             .. ',"state":"' .. (peer.state == codec.DRAINING and "draining" or "up")
             .. (peer.backup and '","backup":true' or '"')
-            .. ',"live":{"state":"' .. codec.names[peer.state] .. '"}}'
+            .. ',"live":{"state":"' .. codec.names[peer.state] .. '"'
+            .. (peer.cell ~= 0 and ',"in_flight":' .. load.sum(peer.cell) or "") .. "}}"
     end
     return '{"policy":' .. upstream.policy .. ',"hold":'
         .. json.encode(upstream.hold) .. ',"peers":[' .. concat(parts, ",") .. "]}"
