@@ -97,7 +97,7 @@ class Engine:
             for _, value in ipairs(require("cjson").decode([==[{json.dumps(list(keys))}]==])) do
                 key = value
                 local index = upstream.picker:next()
-                ids[#ids + 1] = codec.id(upstream.blob, upstream.head, index)
+                ids[#ids + 1] = codec.id(upstream.blob, upstream.head.count, index)
             end
             return ids
         """
