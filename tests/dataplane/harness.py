@@ -366,9 +366,11 @@ server {{
     return files
 
 
-def upstream(*peers: Mapping[str, object], hold: float = 0.0) -> dict[str, object]:
-    """An upstream as it goes over the wire."""
-    return {"policy": {"algorithm": "round_robin"}, "hold": hold, "peers": list(peers)}
+def upstream(
+    *peers: Mapping[str, object], hold: float = 0.0, **policy: object
+) -> dict[str, object]:
+    """An upstream as it goes over the wire; `policy` are the fields of its policy."""
+    return {"policy": {"algorithm": "round_robin"} | policy, "hold": hold, "peers": list(peers)}
 
 
 def peer(
@@ -378,6 +380,7 @@ def peer(
     address: str = "127.0.0.1",
     weight: int = 1,
     state: str = "up",
+    backup: bool = False,
 ) -> dict[str, object]:
     """A peer as it goes over the wire."""
     return {
@@ -386,6 +389,7 @@ def peer(
         "port": port,
         "weight": weight,
         "state": state,
+        **({"backup": True} if backup else {}),
     }
 
 

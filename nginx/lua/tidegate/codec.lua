@@ -30,8 +30,8 @@ typedef struct {
     uint32_t total_weight; /* of the up ones that are no backups */
     double hold;           /* seconds */
     uint16_t uniform;      /* 1: the up ones that are no backups have all the same weight */
-    uint16_t reserved;
-    uint32_t policy;       /* length of the policy's JSON text, which follows the peers */
+    uint16_t version;      /* length of the writer's name for this content */
+    uint32_t policy;       /* length of the policy's JSON text; both follow the peers */
     uint32_t backups;      /* of the up ones, the first so many */
     uint32_t backup_weight;
     uint32_t cell;         /* of `tidegate.load`: requests in flight; 0: not counted */
@@ -112,7 +112,7 @@ end
 
 
 --- Packs an upstream.
--- @param upstream `{policy (JSON text), hold, peers}`; each peer
+-- @param upstream `{policy (JSON text), version (text), hold, peers}`; each peer
 --   `{id, family, bytes, port, weight, state, since, backup, late, cell}`; `peers` gets sorted;
 --   `cell` and `queue_cell` where its load is counted
 -- @return the value, and the number of peers that are being probed
@@ -137,7 +137,8 @@ function _M.encode(upstream)
     for _, peer in ipairs(rest) do
         order[#order + 1] = peer
     end
-    local text = #upstream.policy
+    local version = upstream.version or ""
+    local text = #upstream.policy + #version
     for _, peer in ipairs(peers) do
         text = text + #peer.id
     end
@@ -148,7 +149,8 @@ function _M.encode(upstream)
     local records = cast(peer_out, buffer + HEAD_SIZE)
     local strings = buffer + HEAD_SIZE + #order * PEER_SIZE
     copy(strings, upstream.policy, #upstream.policy)
-    local offset, uniform = #upstream.policy, 1
+    copy(strings + #upstream.policy, version, #version)
+    local offset, uniform = #upstream.policy + #version, 1
     local total, backup_weight = 0, 0
     for index, peer in ipairs(order) do
         local record = records[index - 1]
@@ -185,6 +187,7 @@ function _M.encode(upstream)
     head.hold = upstream.hold
     head.uniform = uniform
     head.policy = #upstream.policy
+    head.version = #version
     head.backups = backups
     head.backup_weight = backup_weight
     head.cell = upstream.cell or 0
@@ -200,7 +203,8 @@ function _M.head(blob)
     end
     local head = head_type()
     copy(head, blob, HEAD_SIZE)
-    if head.magic ~= MAGIC or #blob < HEAD_SIZE + head.count * PEER_SIZE + head.policy then
+    local text = head.policy + head.version
+    if head.magic ~= MAGIC or #blob < HEAD_SIZE + head.count * PEER_SIZE + text then
         return nil
     end
     return head
@@ -221,10 +225,17 @@ function _M.policy(blob, head)
 end
 
 
---- Id of the peer at `index` of packed `blob` with `head`.
-function _M.id(blob, head, index)
+--- What the writer called the content of packed `blob` with `head`; empty if nothing.
+function _M.version(blob, head)
+    local at = HEAD_SIZE + head.count * PEER_SIZE + head.policy
+    return sub(blob, at + 1, at + head.version)
+end
+
+
+--- Id of the peer at `index` of packed `blob` with `count` peers.
+function _M.id(blob, count, index)
     local record = _M.peers(blob)[index]
-    local at = HEAD_SIZE + head.count * PEER_SIZE + record.id_offset
+    local at = HEAD_SIZE + count * PEER_SIZE + record.id_offset
     return sub(blob, at + 1, at + record.id_length)
 end
 
@@ -258,6 +269,7 @@ function _M.decode(blob, first)
         hold = head.hold,
         cell = head.cell,
         queue_cell = head.queue_cell,
+        version = _M.version(blob, head),
         policy = _M.policy(blob, head),
     }
 end

@@ -6,6 +6,7 @@
 local circuit = require "tidegate.circuit"
 local codec = require "tidegate.codec"
 local json = require "tidegate.json"
+local load = require "tidegate.load"
 local policies = require "tidegate.policy"
 local records = require "tidegate.records"
 
@@ -28,12 +29,22 @@ local function state_of(peer, known)
 end
 
 
+-- Requests that are with a peer, where its upstream's policy has them counted.
+local function in_flight(peer)
+    return peer.cell ~= 0 and load.sum(peer.cell) or nil
+end
+
+
 --- The live state of a peer as the API shows it.
 -- @param name, policy of its upstream
 -- @param peer as `codec.decode` gives it
 function _M.peer(name, policy, peer)
     local known = records.of(name, policy, peer)
-    local result = { state = state_of(peer, known), failures = known.failures }
+    local result = {
+        state = state_of(peer, known),
+        failures = known.failures,
+        in_flight = in_flight(peer),
+    }
     if known.ejection then
         result.ejections = known.ejection.count
         result.ejected_for = max(known.ejection.until_ - now(), 0)
@@ -64,7 +75,9 @@ end
 --- JSON text of the `live` of a peer, cheap where nothing is known: there may be 100,000.
 function _M.peer_json(name, policy, peer)
     if not policy.check and not records.has_any(name) then
-        return '{"state":"' .. codec.names[peer.state] .. '"}'
+        local count = in_flight(peer)
+        return '{"state":"' .. codec.names[peer.state] .. '"'
+            .. (count and ',"in_flight":' .. count or "") .. "}"
     end
     return json.encode(_M.peer(name, policy, peer))
 end

@@ -72,7 +72,7 @@ local function key_of(upstream, index)
     local keys = upstream.health.keys
     local key = keys[index]
     if not key then
-        key = key_for(upstream.name, codec.id(upstream.blob, upstream.head, index))
+        key = key_for(upstream.name, codec.id(upstream.blob, upstream.head.count, index))
         keys[index] = key
     end
     return key
@@ -213,7 +213,7 @@ local function eject(upstream, index, key, at)
     signal.raise(upstream.name)
     metrics.add(upstream.name, metrics.EJECTIONS)
     ngx.log(ngx.WARN, "tidegate: upstream ", upstream.name, ": peer ",
-            codec.id(upstream.blob, upstream.head, index), " fails and is left alone for ",
+            codec.id(upstream.blob, upstream.head.count, index), " fails and is left alone for ",
             ejection.length, " s")
 end
 

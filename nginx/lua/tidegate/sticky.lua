@@ -85,7 +85,7 @@ end
 
 local function token_of(upstream, index)
     local session = upstream.session
-    local id = codec.id(upstream.blob, upstream.head, index)
+    local id = codec.id(upstream.blob, upstream.head.count, index)
     local known = session.tokens[id] or session.before and session.before[id]
         or token(upstream.name, id)
     session.tokens[id] = known

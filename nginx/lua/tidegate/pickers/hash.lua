@@ -92,7 +92,7 @@ local function build(view)
     local raw, raw_owner, place_of = ffi_new(words, total), ffi_new(words, total), 0
     for place = 0, view.count - 1 do
         local index = view.first + place
-        local a, b = numbers_of(codec.id(view.blob, view.head, index))
+        local a, b = numbers_of(codec.id(view.blob, view.head.count, index))
         for number = 1, points_of(view.peers[index].weight) do
             local point = bxor(mix(tobit(a + number * STEP)), b) % RANGE
             raw[place_of], raw_owner[place_of] = point, index

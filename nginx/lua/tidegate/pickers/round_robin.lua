@@ -49,7 +49,7 @@ local function place_of(view, id)
     local low, high = 0, view.count
     while low < high do
         local middle = floor((low + high) / 2)
-        if id_of(view.blob, view.head, view.first + middle) <= id then
+        if id_of(view.blob, view.head.count, view.first + middle) <= id then
             low = middle + 1
         else
             high = middle
@@ -64,7 +64,7 @@ function _M.new(view, previous)
     local cursor
     if previous and previous.cursor >= previous.first then
         local before = previous.view
-        cursor = place_of(view, id_of(before.blob, before.head, previous.cursor))
+        cursor = place_of(view, id_of(before.blob, before.head.count, previous.cursor))
     else
         cursor = view.first + random(0, view.count - 1)
     end
