@@ -293,6 +293,7 @@ class Check:
         status: statuses of a healthy answer: `200`, `200-399`, with commas between.
         rise, fall: so many in a row change the verdict.
         host: Host header; empty takes the host of the route.
+        tls: an HTTP check speaks TLS with the peer, whose certificate is not verified.
     """
 
     kind: CheckKind
@@ -304,6 +305,7 @@ class Check:
     rise: int = 2
     fall: int = 3
     status: str = "200-399"
+    tls: bool = False
 
 
 @dataclass(frozen=True, slots=True)
