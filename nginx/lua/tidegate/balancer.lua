@@ -153,6 +153,8 @@ local function choose(upstream)
             origins[current()] = upstream.name
             canary.stats.ended = true
             var.tidegate_upstream = canary.name
+            -- When all the canary's peers have failed, it is the others' turn.
+            set_more_tries(min((canary.tries or 1) + (upstream.tries or 1), MAX_TRIES))
             return canary, index
         end
     end
@@ -224,7 +226,7 @@ function _M.balance()
             var.tidegate_no_peer = why or "1"
             return exit(ERROR)
         end
-        if upstream.tries then
+        if upstream.tries and upstream.name == name then
             set_more_tries(upstream.tries)
         end
     end
