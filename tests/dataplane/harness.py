@@ -166,10 +166,15 @@ class Admin:
             self.revision = base + 1
         return answer
 
+    def shown(self, upstream: str) -> dict[str, Any]:
+        """`GET /v1/membership/UPSTREAM`."""
+        path = "/v1/membership/" + upstream.replace("/", "%2F")
+        answer: dict[str, Any] = self.call("GET", path).json()
+        return answer
+
     def live(self, upstream: str) -> dict[str, str]:
         """Live state by peer id."""
-        answer = self.call("GET", "/v1/membership/" + upstream.replace("/", "%2F")).json()
-        return {peer["id"]: peer["live"]["state"] for peer in answer["peers"]}
+        return {peer["id"]: peer["live"]["state"] for peer in self.shown(upstream)["peers"]}
 
     def site(self, files: Mapping[str, str]) -> Answer:
         """Pushes a site, with the hash of its files as generation."""
@@ -417,7 +422,8 @@ class Backend:
     """A toy application: answers with its name.
 
     Paths: `/sleep/SECONDS` answers late; `/echo` answers with the body; `/reset` reads the request
-    and closes without an answer; an `Upgrade: websocket` is accepted and each message echoed.
+    and closes without an answer; `/garbage` answers with an invalid header; an `Upgrade: websocket`
+    is accepted and each message echoed. `/check` answers with `health`, all else with `status`.
 
     Attributes:
         delay: seconds before each answer.
@@ -427,6 +433,8 @@ class Backend:
     name: str = "backend"
     address: str = "127.0.0.1"
     port: int = 0
+    status: int = 200
+    health: int = 200
     delay: float = 0.0
     busy: int = 0
     busiest: int = 0
@@ -511,18 +519,33 @@ class Backend:
             return False
         if path.startswith("/reset"):
             return False
+        if path.startswith("/garbage"):
+            writer.write(b"HTTP/1.1 200 OK\r\nX\0Y: z\r\n\r\n")
+            await writer.drain()
+            return False
         if path.startswith("/sleep/"):
             await asyncio.sleep(float(path.split("/")[2]))
         elif self.delay:
             await asyncio.sleep(self.delay)
         text = body if path.startswith("/echo") else self.name.encode()
+        status = self.health if path.startswith("/check") else self.status
         writer.write(
-            b"HTTP/1.1 200 OK\r\nX-Backend: %s\r\nContent-Length: %d\r\n\r\n"
-            % (self.name.encode(), len(text))
+            b"HTTP/1.1 %d Said\r\nX-Backend: %s\r\nContent-Length: %d\r\n\r\n"
+            % (status, self.name.encode(), len(text))
             + (b"" if method == "HEAD" else text)
         )
         await writer.drain()
         return True
+
+    @property
+    def checks(self) -> list[Seen]:
+        """Requests of health checks, which go to `/check`."""
+        return [seen for seen in self.requests if seen.path.startswith("/check")]
+
+    @property
+    def traffic(self) -> list[Seen]:
+        """All other requests."""
+        return [seen for seen in self.requests if not seen.path.startswith("/check")]
 
     async def _websocket(
         self,

@@ -6,11 +6,13 @@
 local codec = require "tidegate.codec"
 local json = require "tidegate.json"
 local lease = require "tidegate.lease"
+local live = require "tidegate.live"
 local metrics = require "tidegate.metrics"
 local persist = require "tidegate.persist"
 local posix = require "tidegate.posix"
 local probe = require "tidegate.probe"
 local process = require "ngx.process"
+local records = require "tidegate.records"
 local site = require "tidegate.site"
 local store = require "tidegate.store"
 local wire = require "tidegate.wire"
@@ -200,7 +202,7 @@ local function get_membership()
         local blob = store.get(name)
         if blob then
             local part = (first and "" or ",") .. json.quote(name) .. ":"
-                .. wire.show_upstream(codec.decode(blob))
+                .. wire.show_upstream(name, codec.decode(blob))
             first = false
             parts[#parts + 1] = part
             size = size + #part
@@ -235,7 +237,7 @@ local function get_upstream(name)
     if not blob then
         return refuse(404, "not_found", "there is no upstream " .. name)
     end
-    return send(200, wire.show_upstream(codec.decode(blob)))
+    return send(200, wire.show_upstream(name, codec.decode(blob)))
 end
 
 
@@ -327,6 +329,7 @@ local function push_membership(full)
     })
     ngx.eof()
     metrics.forget(result.removed_names)
+    records.forget(result.removed_names)
 end
 
 
@@ -427,6 +430,7 @@ local function get_metrics()
     ngx.header["Content-Type"] = "text/plain; version=0.0.4; charset=utf-8"
     metrics.print({
         generation = site.generation(),
+        counts = live.counts,
         nginx = {
             active = ngx.var.connections_active,
             reading = ngx.var.connections_reading,

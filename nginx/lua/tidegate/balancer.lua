@@ -5,8 +5,10 @@
 -- sent to `tidegate.health`. Nothing here waits; a request that finds no peer fails over to
 -- `tidegate.hold`.
 
+local attempts = require "tidegate.attempts"
 local balancer = require "ngx.balancer"
 local canaries = require "tidegate.canary"
+local circuit = require "tidegate.circuit"
 local codec = require "tidegate.codec"
 local ffi = require "ffi"
 local get_request = require("resty.core.base").get_request
@@ -16,6 +18,7 @@ local metrics = require "tidegate.metrics"
 local peers = require "tidegate.peers"
 local policies = require "tidegate.policy"
 local queue = require "tidegate.queue"
+local retry = require "tidegate.retry"
 local selection = require "tidegate.selection"
 local sticky = require "tidegate.sticky"
 local store = require "tidegate.store"
@@ -27,20 +30,22 @@ local cast = ffi.cast
 local exit = ngx.exit
 local get_last_failure = balancer.get_last_failure
 local host_of = peers.host
+local look = health.look
 local match = string.match
-local min = math.min
+local ngx = ngx
+local note_end = health.note_end
+local now = ngx.now
 local pairs = pairs
-local quiet = health.quiet
 local select_peer = selection.select
 local set_current_peer = balancer.set_current_peer
 local set_more_tries = balancer.set_more_tries
+local set_timeouts = balancer.set_timeouts
 local tonumber = tonumber
 local uintptr = ffi.typeof("uintptr_t")
 local var = ngx.var
 
 local ERROR = ngx.ERROR
 local FULL = selection.FULL
-local MAX_TRIES = 5
 
 local _M = {}
 
@@ -55,7 +60,6 @@ local function open(name, blob, number, before)
     if head.hold == 0 then
         candidates = candidates + head.probing
     end
-    local tries = min(candidates, MAX_TRIES)
     local policy = policies.parse(codec.policy(blob, head))
     local upstream = {
         name = name,
@@ -69,13 +73,16 @@ local function open(name, blob, number, before)
         hold = head.hold,
         uniform = head.uniform == 1,
         policy = policy,
-        tries = tries > 1 and tries,
         hosts = {},
         stats = metrics.of(name),
         canary = policy.canary and canaries.new(policy.canary, before and before.canary or nil),
     }
+    local timeouts = policy.timeouts
+    upstream.timeouts = timeouts.connect + timeouts.send + timeouts.read > 0 and timeouts
     selection.open(upstream, before)
-    health.open(upstream, before)
+    health.open(upstream)
+    retry.open(upstream, before, candidates)
+    upstream.special = upstream.timeouts or upstream.budget or upstream.retry_led
     return upstream
 end
 
@@ -99,7 +106,14 @@ local function lookup(name)
 end
 
 
-_M.lookup = lookup
+--- Upstream `name` as it is now, with what is known of its peers' health; nil where there is none.
+function _M.lookup(name)
+    local upstream = lookup(name)
+    if upstream then
+        look(upstream)
+    end
+    return upstream
+end
 
 
 --- Forgets upstreams that are gone.
@@ -135,9 +149,23 @@ local function canary_for(upstream)
 end
 
 
+-- Whether the circuit of `upstream` lets this request through.
+local function admit(upstream)
+    if not upstream.open_until or var.tidegate_trial == "1" then
+        return true
+    end
+    local may, trial = circuit.admit(upstream)
+    if trial then
+        var.tidegate_trial = "1"
+    end
+    return may
+end
+
+
 -- The peer for a request to an upstream whose policy asks for more than a turn.
+-- @param tried as for `selection.select`
 -- @return upstream (the canary, where it goes there), index or nil, and why there is none
-local function choose(upstream)
+local function choose(upstream, tried)
     if upstream.counted then
         local before, index = queue.admitted()
         if before then
@@ -148,17 +176,17 @@ local function choose(upstream)
     end
     local canary = upstream.canary and canary_for(upstream)
     if canary then
-        local index = select_peer(canary, nil, true)
+        look(canary)
+        local index = admit(canary) and select_peer(canary, tried, true)
         if index then
             origins[current()] = upstream.name
             canary.stats.ended = true
             var.tidegate_upstream = canary.name
-            -- When all the canary's peers have failed, it is the others' turn.
-            set_more_tries(min((canary.tries or 1) + (upstream.tries or 1), MAX_TRIES))
+            begin(canary.stats)
             return canary, index
         end
     end
-    return upstream, select_peer(upstream)
+    return upstream, select_peer(upstream, tried)
 end
 
 
@@ -172,32 +200,82 @@ local function go_back()
     end
     origins[request] = nil
     var.tidegate_upstream = name
-    return lookup(name)
+    return _M.lookup(name)
 end
 
 
 -- The peer for a request that has failed.
 local function choose_again(name, upstream)
+    local made, again = attempts.read(), var.tidegate_again
+    health.note_failure(name, upstream, made)
     local stats = upstream and upstream.stats
     if stats and stats.ended then
         load.finish(true)
         queue.wake(name)
     end
-    local tried = health.note_failure(name)
-    local index = upstream and select_peer(upstream, tried)
+    local asked = upstream or go_back()
+    if not asked or not retry.allowed(asked, made, again ~= "") then
+        return nil
+    end
+    look(asked)
+    local tried = attempts.tried(made, again == "retry" and 1 or made.first,
+                                 tonumber(var.tidegate_failed_at) or 0)
+    local index = select_peer(asked, tried)
     if not index then
-        upstream = go_back()
-        index = upstream and select_peer(upstream, tried)
+        asked = go_back()
+        index = asked and select_peer(asked, tried)
         if not index then
             return nil
         end
-        begin(upstream.stats)
-        if upstream.tries then
-            set_more_tries(upstream.tries)
+    end
+    if asked ~= upstream then
+        begin(asked.stats)
+        if asked.tries then
+            set_more_tries(asked.tries)
         end
     end
-    metrics.add(name, metrics.RETRIES)
-    return upstream, index
+    retry.note(name)
+    return asked, index
+end
+
+
+-- What a policy has nginx do, at the first peer of a request or the first one after `hold`.
+-- @param spare upstream whose turn it is when all the canary's peers have failed; nil for none
+local function instruct(upstream, again, spare)
+    if upstream.budget and again ~= "held" and again ~= "retry" then
+        retry.count(upstream)
+    end
+    local timeouts = upstream.timeouts
+    if timeouts then
+        set_timeouts(timeouts.connect > 0 and timeouts.connect or nil,
+                     timeouts.send > 0 and timeouts.send or nil,
+                     timeouts.read > 0 and timeouts.read or nil)
+    end
+    retry.grant(upstream, again ~= "", spare)
+end
+
+
+-- The first peer for a request that is no plain one: its upstream's policy asks for more, some
+-- peers are to be left alone, or it comes from `hold`.
+-- @return upstream, index or nil, and why there is none
+local function choose_first(upstream, before)
+    local again = before and var.tidegate_again or ""
+    if not admit(upstream) then
+        return upstream, nil, "open"
+    elseif upstream.retry_led and again == "" then
+        return upstream, nil, "led"
+    end
+    local tried
+    if again ~= "" then
+        local made = attempts.read()
+        tried = attempts.tried(made, again == "retry" and 1 or #made + 1,
+                               tonumber(var.tidegate_failed_at) or now())
+    end
+    local chosen, index, why = choose(upstream, tried)
+    if index then
+        instruct(chosen, again, chosen.name ~= upstream.name and upstream or nil)
+    end
+    return chosen, index, why
 end
 
 
@@ -214,20 +292,21 @@ function _M.balance()
     else
         local why
         if upstream then
-            if upstream.plain and quiet() then
+            local before = begin(upstream.stats)
+            if look(upstream) and upstream.plain and not upstream.special and not before
+                    and not upstream.open_until then
                 index = upstream.picker:next()
+                if upstream.tries then
+                    set_more_tries(upstream.tries)
+                end
             else
-                upstream, index, why = choose(upstream)
+                upstream, index, why = choose_first(upstream, before)
             end
-            begin(upstream.stats)
         end
         if not index then
             -- Debian's build has no way to answer 503 from here; `hold` sorts it out.
-            var.tidegate_no_peer = why or "1"
+            var.tidegate_no_peer = why or "none"
             return exit(ERROR)
-        end
-        if upstream.tries and upstream.name == name then
-            set_more_tries(upstream.tries)
         end
     end
     local ok, err = set_current_peer(upstream.hosts[index] or host_of(upstream, index),
@@ -268,6 +347,10 @@ end
 --- Body of `log_by_lua`: takes note of the end of a request.
 function _M.log()
     local stats = metrics.log()
+    local upstream = known[stats.name]
+    if upstream then
+        note_end(upstream, ngx.status)
+    end
     if stats.ended then
         load.finish(false, header_time)
         queue.forget()

@@ -9,6 +9,7 @@
 local ffi = require "ffi"
 local posix = require "tidegate.posix"
 
+local C = ffi.C
 local cast = ffi.cast
 local copy = ffi.copy
 local ffi_new = ffi.new
@@ -18,6 +19,7 @@ local pairs = pairs
 local sort = table.sort
 local sub = string.sub
 
+pcall(ffi.cdef, "int memcmp(const void *a, const void *b, size_t size);")
 ffi.cdef [[
 typedef struct {
     uint32_t magic;
@@ -239,11 +241,12 @@ end
 
 
 --- Unpacks `blob` into what `encode` takes.
-function _M.decode(blob)
+-- @param first only that many peers, the up ones first; nil for all
+function _M.decode(blob, first)
     local head = _M.head(blob)
     local records, peers = _M.peers(blob), {}
     local strings = HEAD_SIZE + head.count * PEER_SIZE
-    for index = 0, head.count - 1 do
+    for index = 0, (first or head.count) - 1 do
         local record = records[index]
         local address = HEAD_SIZE + index * PEER_SIZE + ADDRESS_OFFSET
         local id = strings + record.id_offset
@@ -269,6 +272,20 @@ function _M.decode(blob)
         version = _M.version(blob, head),
         policy = _M.policy(blob, head),
     }
+end
+
+
+--- Index of the first of `count` peers with an address and port; nil where there is none.
+-- @param bytes string
+function _M.find(peers, count, family, bytes, port)
+    for index = 0, count - 1 do
+        local peer = peers[index]
+        if peer.port == port and peer.family == family
+                and C.memcmp(peer.address, bytes, #bytes) == 0 then
+            return index
+        end
+    end
+    return nil
 end
 
 

@@ -1,15 +1,19 @@
 --- Which peers this worker keeps away from, and what it makes of requests that fail.
 --
--- Why: choosing a peer asks one question of this module, `usable`, and nothing else; what makes a
--- peer unusable is decided here. Must not choose anything.
+-- Why: choosing a peer asks two questions of this module, `usable` and `possible`, and nothing
+-- else; what makes a peer unusable is decided here. Two things do. A peer that has not accepted a
+-- connection is left alone by this worker at once, for a short time. What `records` has, ejections
+-- and checks, counts in all workers, unless too many peers would be out. Must not choose anything.
 
+local attempts = require "tidegate.attempts"
+local circuit = require "tidegate.circuit"
 local metrics = require "tidegate.metrics"
 local peers = require "tidegate.peers"
+local records = require "tidegate.records"
+local retry = require "tidegate.retry"
 
-local find = string.find
-local gmatch = string.gmatch
-local gsub = string.gsub
 local key_of = peers.key
+local look = records.look
 local min = math.min
 local now = ngx.now
 local pairs = pairs
@@ -18,6 +22,7 @@ local var = ngx.var
 local EJECTION = 1
 local MAX_EJECTION = 8
 local FORGIVEN = 30         -- seconds after which an ejection's length starts anew
+local FAILED = { [502] = true, [503] = true, [504] = true }
 
 local _M = {}
 
@@ -25,19 +30,43 @@ local ejected = {}          -- "address:port" → {at, until_, length} in this w
 local ejections = 0
 
 
---- Adds what this module keeps with an opened version; `before` is the one it follows, if any.
-function _M.open(upstream, before) -- luacheck: no unused args
+--- Adds what this module keeps with an opened version.
+function _M.open(upstream)
+    upstream.found = {}
+    records.open(upstream)
 end
 
 
---- Whether every peer of every upstream is usable as far as this worker knows.
-function _M.quiet()
-    return ejections == 0
+--- Whether all peers of `upstream` are usable, as far as this worker has looked.
+function _M.calm(upstream)
+    local health = upstream.health
+    return ejections == 0 and not health.ejected and not health.unhealthy
+end
+
+
+local calm = _M.calm
+
+
+--- Looks for news of `upstream`, once per request, and says whether all its peers are usable.
+function _M.look(upstream)
+    look(upstream)
+    return calm(upstream)
+end
+
+
+--- Whether a peer may be sent to at all: also when no other one is usable.
+function _M.possible(upstream, index)
+    local unhealthy = upstream.health.unhealthy
+    return not (unhealthy and unhealthy[index])
 end
 
 
 --- Whether a peer may be sent to at time `at`.
 function _M.usable(upstream, index, at)
+    local health = upstream.health
+    if health.ejected and health.ejected[index] or health.unhealthy and health.unhealthy[index] then
+        return false
+    end
     if ejections == 0 then
         return true
     end
@@ -73,38 +102,70 @@ function _M.sweep()
 end
 
 
--- The elements of one of nginx's $upstream_… lists since the last internal redirect. While a next
--- peer is asked for, or when there was none, it ends with an empty place for that.
-local function attempts(text)
-    local list = {}
-    for item in gmatch(gsub(gsub(text or "", " : $", ""), "^.* : ", ""), "[^, ]+") do
-        list[#list + 1] = item
+local function blame(upstream, attempt)
+    local index = upstream and peers.find(upstream, attempt.address)
+    if index then
+        records.failed(upstream, index)
     end
-    return list
 end
 
 
---- Takes note of the last attempt of this request at upstream `name`, if it failed to connect.
--- @return addresses tried since the last internal redirect, as a set
-function _M.note_failure(name)
-    local addresses, times = attempts(var.upstream_addr), attempts(var.upstream_connect_time)
-    local last, tried = #addresses, {}
-    for index = 1, last do
-        tried[addresses[index]] = true
+--- Takes note of the last attempt of this request, which has failed.
+-- @param name of the upstream
+-- @param upstream as it is now, nil if it is gone
+-- @param made as `attempts.read` gives it
+function _M.note_failure(name, upstream, made)
+    local last = made[#made]
+    if not last then
+        return
     end
-    if last > 0 and times[last] == "-" and find(addresses[last], ":", 1, true) then
-        eject(addresses[last])
+    if not last.connected then
+        eject(last.address)
         metrics.add(name, metrics.CONNECT_FAILURES)
     end
-    return tried
+    if not last.answered or FAILED[last.status] then
+        blame(upstream, last)
+    end
 end
 
 
---- Takes note of the failure of the last peer that this request was sent to, where none was asked
--- for after it.
-function _M.note_last_failure(name)
-    if not find(var.upstream_addr or "", " : $") then
-        _M.note_failure(name)
+-- What the circuit makes of a request: true if it has failed, nil if that says nothing.
+local function verdict(status, made)
+    if status == 499 or status >= 500 and #made == 0 then
+        return nil
+    end
+    return status >= 500
+end
+
+
+--- Takes note of the end of a request to `upstream`, answered with `status`. Whatever failed
+-- without an answer of a peer has been noted before.
+function _M.note_end(upstream, status)
+    local policy, suspects = upstream.policy, upstream.health.suspects
+    if status < 500 and not suspects and not policy.circuit and retry.pending == 0 then
+        return
+    end
+    local made = (status >= 500 or suspects) and attempts.read() or {}
+    local last = made[#made]
+    if last and last.answered and not made.asked then
+        local index = peers.find(upstream, last.address)
+        if FAILED[last.status] then
+            blame(upstream, last)
+        elseif index and suspects and suspects[index] and last.status < 500 then
+            records.succeeded(upstream, index)
+        end
+    end
+    if retry.pending > 0 and var.tidegate_retried == "1" then
+        retry.pending = retry.pending - 1
+        metrics.add(upstream.name, status < 500 and metrics.RETRIED_OK or metrics.RETRIED_FAILED)
+    end
+    if policy.circuit then
+        local failed = verdict(status, made)
+        if var.tidegate_trial == "1" then
+            circuit.tried(upstream, failed)
+        elseif failed ~= nil and not upstream.open_until then
+            circuit.count(upstream, failed)
+        end
     end
 end
 

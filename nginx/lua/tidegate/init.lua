@@ -2,6 +2,7 @@
 
 local api = require "tidegate.api"
 local balancer = require "tidegate.balancer"
+local checks = require "tidegate.checks"
 local health = require "tidegate.health"
 local hold = require "tidegate.hold"
 local lease = require "tidegate.lease"
@@ -110,6 +111,7 @@ function _M.start_worker()
     -- Each second, so that a worker that dies leaves nothing undone for long.
     every(1, guarded("counting", metrics.flush))
     every(1, guarded("probing", probe.start_all))
+    every(1, guarded("checking", checks.start))
     every(1, guarded("keeping the membership", persist.schedule))
     every(30, guarded("sweeping", balancer.sweep))
     every(30, guarded("sweeping", health.sweep))
@@ -118,6 +120,7 @@ end
 
 --- Body of `exit_worker_by_lua`.
 function _M.stop_worker()
+    checks.stop()
     guarded("counting", metrics.flush)()
     guarded("keeping the membership", persist.flush)()
     guarded("counting load", load.stop_worker)()

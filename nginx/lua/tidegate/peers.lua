@@ -4,6 +4,10 @@
 -- its name. Names are made when they are first needed and kept with the version.
 
 local codec = require "tidegate.codec"
+local posix = require "tidegate.posix"
+
+local match = string.match
+local tonumber = tonumber
 
 local _M = {}
 
@@ -23,6 +27,20 @@ end
 --- `address:port` of a peer, as nginx shows it in `$upstream_addr`.
 function _M.key(upstream, index)
     return _M.host(upstream, index) .. ":" .. upstream.peers[index].port
+end
+
+
+--- Index of the peer that nginx shows as `address:port`; nil where it is none of `upstream`.
+function _M.find(upstream, name)
+    local index = upstream.found[name]
+    if index == nil then
+        local host, port = match(name, "^%[?(.-)%]?:(%d+)$")
+        local family, bytes = posix.parse_address(host or "")
+        index = family and codec.find(upstream.peers, upstream.head.count, family, bytes,
+                                      tonumber(port)) or false
+        upstream.found[name] = index
+    end
+    return index or nil
 end
 
 

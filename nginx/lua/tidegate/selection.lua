@@ -1,9 +1,9 @@
 --- Which peer of an upstream gets a request.
 --
 -- Why: the rank of the peers and what a policy asks for come together here: sessions, limits, slow
--- start, backups. Whether a peer can be sent to at all says `health.usable`. What a policy does not
--- ask for costs nothing: `open` finds out which upstreams are plain. Must not wait and must not
--- connect.
+-- start, backups. Whether a peer can be sent to says `health.usable`, and `health.possible` where
+-- none is. What a policy does not ask for costs nothing: `open` finds out which upstreams are plain.
+-- Must not wait and must not connect.
 
 local health = require "tidegate.health"
 local load = require "tidegate.load"
@@ -14,10 +14,11 @@ local sticky = require "tidegate.sticky"
 
 local hash = require "tidegate.pickers.hash"
 
+local calm = health.calm
 local key_of = peers.key
 local max = math.max
+local may_be_asked = health.possible
 local now = ngx.now
-local quiet = health.quiet
 local random = math.random
 local sum = load.sum
 local usable = health.usable
@@ -136,7 +137,7 @@ end
 -- What the search for a peer is about. Nothing yields here, so one is enough.
 local search = {
     upstream = nil,     -- the opened version
-    tried = nil,        -- set of "address:port" not to be tried again
+    tried = nil,        -- Unix time by "address:port": not to be tried unless it came up since
     fresh = true,       -- only usable ones
     slowly = true,      -- peers that start slowly may hang back
     at = 0,
@@ -146,10 +147,13 @@ local search = {
 
 local function possible(it, index)
     local upstream = it.upstream
-    if it.tried and it.tried[key_of(upstream, index)] then
+    local sent = it.tried and it.tried[key_of(upstream, index)]
+    if sent and upstream.peers[index].since <= sent then
         return false
+    elseif it.fresh then
+        return usable(upstream, index, it.at)
     end
-    return not it.fresh or usable(upstream, index, it.at)
+    return may_be_asked(upstream, index)
 end
 
 
@@ -286,12 +290,12 @@ end
 
 
 --- Index of the peer for the current request, which is counted with it from now on.
--- @param tried set of `address:port` that it was sent to already, nil for none
+-- @param tried as `attempts.tried` gives it, nil for none
 -- @param strict whether there is to be none rather than one that is not usable
 -- @return index; or nil, `FULL` where room is all that lacks, and whether it does so with the peer
 --   of the request's session
 function _M.select(upstream, tried, strict)
-    if upstream.simple and not tried and quiet() then
+    if upstream.simple and not tried and calm(upstream) then
         local index = upstream.picker:next()
         take(upstream, index)
         return index
@@ -328,8 +332,9 @@ end
 
 
 --- Whether a request to `upstream` could go to a usable peer.
-function _M.ready(upstream)
-    begin(upstream, nil, true)
+-- @param tried as for `select`
+function _M.ready(upstream, tried)
+    begin(upstream, tried, true)
     return choose(upstream) ~= nil or search.full
 end
 
