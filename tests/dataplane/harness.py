@@ -426,6 +426,10 @@ class Backend:
     Paths: `/sleep/SECONDS` answers late; `/echo` answers with the body; `/reset` reads the request
     and closes without an answer; `/garbage` answers with an invalid header; an `Upgrade: websocket`
     is accepted and each message echoed. `/check` answers with `health`, all else with `status`.
+
+    Attributes:
+        delay: seconds before each answer.
+        busy: requests it has not answered yet; `busiest`: the most there have been.
     """
 
     name: str = "backend"
@@ -434,6 +438,9 @@ class Backend:
     status: int = 200
     health: int = 200
     tls: ssl.SSLContext | None = None
+    delay: float = 0.0
+    busy: int = 0
+    busiest: int = 0
     requests: list[Seen] = field(default_factory=list)
     connections: int = 0
     _server: asyncio.Server | None = None
@@ -494,6 +501,22 @@ class Backend:
         headers = {name.lower(): value for name, value in pairs}
         body = await reader.readexactly(int(headers.get("content-length", "0")))
         self.requests.append(Seen(method, path, headers, body))
+        self.busy += 1
+        self.busiest = max(self.busy, self.busiest)
+        try:
+            return await self._answer(method, path, headers, body, reader, writer)
+        finally:
+            self.busy -= 1
+
+    async def _answer(
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> bool:
         if headers.get("upgrade") == "websocket":
             await self._websocket(headers, reader, writer)
             return False
@@ -505,6 +528,8 @@ class Backend:
             return False
         if path.startswith("/sleep/"):
             await asyncio.sleep(float(path.split("/")[2]))
+        elif self.delay:
+            await asyncio.sleep(self.delay)
         text = body if path.startswith("/echo") else self.name.encode()
         status = self.health if path.startswith("/check") else self.status
         writer.write(

@@ -240,7 +240,8 @@ end
 
 
 -- What a policy has nginx do, at the first peer of a request or the first one after `hold`.
-local function instruct(upstream, again)
+-- @param spare upstream whose turn it is when all the canary's peers have failed; nil for none
+local function instruct(upstream, again, spare)
     if upstream.budget and again ~= "held" and again ~= "retry" then
         retry.count(upstream)
     end
@@ -250,7 +251,7 @@ local function instruct(upstream, again)
                      timeouts.send > 0 and timeouts.send or nil,
                      timeouts.read > 0 and timeouts.read or nil)
     end
-    retry.grant(upstream, again ~= "")
+    retry.grant(upstream, again ~= "", spare)
 end
 
 
@@ -261,7 +262,7 @@ local function choose_first(upstream, before)
     local again = before and var.tidegate_again or ""
     if not admit(upstream) then
         return upstream, nil, "open"
-    elseif upstream.retry_led and again == "" then
+    elseif upstream.retry_led and again == "" and var.tidegate_streamed ~= "1" then
         return upstream, nil, "led"
     end
     local tried
@@ -270,12 +271,11 @@ local function choose_first(upstream, before)
         tried = attempts.tried(made, again == "retry" and 1 or #made + 1,
                                tonumber(var.tidegate_failed_at) or now())
     end
-    local index, why
-    upstream, index, why = choose(upstream, tried)
+    local chosen, index, why = choose(upstream, tried)
     if index then
-        instruct(upstream, again)
+        instruct(chosen, again, chosen.name ~= upstream.name and upstream or nil)
     end
-    return upstream, index, why
+    return chosen, index, why
 end
 
 

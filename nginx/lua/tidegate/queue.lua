@@ -24,6 +24,7 @@ local uintptr = ffi.typeof("uintptr_t")
 
 local FULL = selection.FULL
 local POLL = 0.01
+local SHORTEST = 0.002          -- a semaphore that waits for less than 1 ms does not wait at all
 local DEFAULT_TIMEOUT = 10      -- seconds, where the policy does not say
 
 local _M = {}
@@ -161,7 +162,7 @@ function _M.wait(name, lookup)
             leave()
             return nil, "expired"
         end
-        told = entry.semaphore:wait(first and min(left, POLL) or max(left, 0.001))
+        told = entry.semaphore:wait(max(first and min(left, POLL) or left, SHORTEST))
     end
 end
 

@@ -160,8 +160,12 @@ end
 
 --- Tells nginx how many peers it may ask, at the first one.
 -- @param led as for `allowed`
-function _M.grant(upstream, led)
+-- @param spare another upstream whose peers may be asked after those of `upstream`; nil for none
+function _M.grant(upstream, led, spare)
     local tries = upstream.tries
+    if spare then
+        tries = min((tries or 1) + (spare.tries or 1), MAX_TRIES)
+    end
     if not tries or led and not upstream.retry_on then
         -- Led here without a policy of its own: what the peer answers is to be passed on, and what
         -- fails comes back to `hold`.

@@ -2,8 +2,9 @@
 -- less.
 --
 -- Two are enough to keep away from slow ones, and few enough that not all workers run to the
--- fastest one. Where the latency of one of them is not known yet, the requests in flight alone
--- decide.
+-- fastest one. Those that are about as good share alike: of two, the one would get everything else
+-- for a difference that nobody notices. Where the latency of one of them is not known yet, the
+-- requests in flight alone decide.
 
 local load = require "tidegate.load"
 local weights = require "tidegate.pickers.weights"
@@ -15,6 +16,8 @@ local setmetatable = setmetatable
 local sum = load.sum
 
 local TRIES = 16
+local NOTICED = 1.25        -- times as good as the other one
+local FLOOR = 0.002         -- seconds: what lies below is as much the clock's as the peer's
 
 local _M = {}
 local class = {}
@@ -24,11 +27,11 @@ class.__index = class
 local function better(view, one, other)
     local first, second = view.peers[one].cell, view.peers[other].cell
     local a, b = sum(first) + 1, sum(second) + 1
-    local slow, slower = latency(first), latency(second)
-    if slow > 0 and slower > 0 then
-        a, b = a * slow, b * slower
+    local its, others = latency(first), latency(second)
+    if its > 0 and others > 0 then
+        a, b = a * (its + FLOOR), b * (others + FLOOR)
     end
-    return b < a and other or one
+    return b * NOTICED < a and other or one
 end
 
 
