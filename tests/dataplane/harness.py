@@ -17,6 +17,7 @@ import random
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import threading
 import time
@@ -439,6 +440,7 @@ class Backend:
     delay: float = 0.0
     busy: int = 0
     busiest: int = 0
+    tls: ssl.SSLContext | None = None
     requests: list[Seen] = field(default_factory=list)
     connections: int = 0
     _server: asyncio.Server | None = None
@@ -459,7 +461,7 @@ class Backend:
     def listen(self) -> None:
         """Listens, at the port it had before if any."""
         self._server = _LOOP.run(
-            asyncio.start_server(self._serve, self.address, self.port, backlog=1024)
+            asyncio.start_server(self._serve, self.address, self.port, backlog=1024, ssl=self.tls)
         )
         self.port = self._server.sockets[0].getsockname()[1]
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import threading
+import ssl
 import time
+from pathlib import Path
 
 import pytest
 
+from tests.certificates import authority, certificate
 from tests.dataplane.harness import (
     Backend,
     Load,
     Proxy,
     backends,
-
     request,
     site,
     wait_until,
@@ -113,7 +114,6 @@ def test_checks_are_made_once_not_once_per_worker(routed: Proxy, backend: Backen
 
 def worker_that_checks(proxy: Proxy, backend: Backend) -> int:
     """Process id of the worker that makes the checks, as the connection shows it."""
-    done = threading.Event()
     found: list[int] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(10)
@@ -122,12 +122,7 @@ def worker_that_checks(proxy: Proxy, backend: Backend) -> int:
         while not found:
             connection, (_, port) = server.accept()
             with connection:
-                found = [
-                    pid
-                    for pid in proxy.workers()
-                    if port in local_ports(pid)
-                ]
-        done.set()
+                found = [pid for pid in proxy.workers() if port in local_ports(pid)]
     return found[0]
 
 
@@ -158,7 +153,7 @@ def test_p9_p11_checks_go_on_when_their_worker_ends(routed: Proxy, end: str) -> 
         bad.health = 500
         wait_until(lambda: state(routed, "b0") == "unhealthy")
         seen = len(bad.traffic)
-        with Load(routed.http_port, connections=2) as load:
+        with Load(routed.http_port, connections=2):
             if end == "killed":
                 os.kill(elected, signal.SIGKILL)
             else:
@@ -241,3 +236,20 @@ def test_a_slow_peer_does_not_delay_the_checks_of_others(routed: Proxy) -> None:
         started = time.monotonic()
         wait_until(lambda: len(good.checks) >= 10)
         assert time.monotonic() - started < 8
+
+
+def test_a_check_speaks_tls_where_its_peers_do(routed: Proxy, tmp_path: Path) -> None:
+    authority(tmp_path, "ca")
+    certificate(tmp_path, "peer", ca="ca", names="DNS:other.test")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(tmp_path / "peer.pem", tmp_path / "peer.key")
+    names: list[str | None] = []
+    context.sni_callback = lambda _socket, name, _context: names.append(name)
+    with Backend("tls", tls=context) as backend:
+        routed.admin.put({A: with_policy(backend.peer(), check={**HTTP, "tls": True})})
+        wait_until(lambda: check_of(routed, "tls").get("healthy"))
+        assert (backend.checks[-1].headers["host"], names[-1]) == ("a.test", "a.test")
+        backend.health = 500
+        wait_until(lambda: state(routed, "tls") == "unhealthy")
+        routed.admin.patch({A: with_policy(backend.peer(), check=HTTP)})
+        wait_until(lambda: "answer" in str(check_of(routed, "tls").get("message")))

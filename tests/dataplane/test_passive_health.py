@@ -22,7 +22,9 @@ from tests.dataplane.harness import (
 A = "a.test/"
 
 
-def with_policy(*peers: dict[str, object], hold: float = 0.0, **policy: object) -> dict[str, object]:
+def with_policy(
+    *peers: dict[str, object], hold: float = 0.0, **policy: object
+) -> dict[str, object]:
     return {
         **upstream(*peers, hold=hold),
         "policy": {"algorithm": "round_robin", **policy},
@@ -97,7 +99,7 @@ def test_timeouts_and_resets_count(routed: Proxy) -> None:
             routed.admin.put({A: upstream()})
             routed.admin.put({A: with_policy(slow.peer(id="s"), good.peer(), **limits)})
             wait_until(
-                lambda path=path: (  # type: ignore[misc]
+                lambda path=path: (
                     request(routed.http_port, path, method="POST").status
                     and "ejected" in routed.admin.live(A).values()
                 )
@@ -206,7 +208,7 @@ def test_p5_with_dead_peers_no_request_fails_whatever_the_policy_ejects(routed: 
             peers = [alive.peer(), *(peer(free_port(), id=f"dead{n}") for n in range(dead))]
             routed.admin.put({A: with_policy(*peers, passive={"failures": 2, "eject": 1})})
             with Load(routed.http_port, connections=32) as load:
-                wait_until(lambda load=load: load.total >= 2000, timeout=30)  # type: ignore[misc]
+                wait_until(lambda load=load: load.total >= 2000, timeout=30)
             assert load.failed == {}
 
 
@@ -217,10 +219,12 @@ def test_p12_health_leaves_no_series_behind(routed: Proxy) -> None:
             peers = [b.peer(id=f"{b.name}-{round_}") for b in (bad, *good)]
             routed.admin.put({A: with_policy(*peers, passive={"failures": 1, "eject": 60})})
             bad.status = 503
-            wait_until(lambda r=round_: state(routed, f"b1-{r}") == "up")  # type: ignore[misc]
-            wait_until(lambda r=round_: state(routed, f"b2-{r}") == "up")  # type: ignore[misc]
+            wait_until(lambda r=round_: state(routed, f"b1-{r}") == "up")
+            wait_until(lambda r=round_: state(routed, f"b2-{r}") == "up")
             bad.status = 503
-            wait_until(lambda: request(routed.http_port) and "ejected" in routed.admin.live(A).values())
+            wait_until(
+                lambda: request(routed.http_port) and "ejected" in routed.admin.live(A).values()
+            )
         wait_until(lambda: ejections(routed) == 5)
         series = [name for name in routed.admin.metrics() if "a.test/" in name]
         assert not [name for name in series if "b0" in name or str(bad.port) in name]

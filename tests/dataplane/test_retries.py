@@ -259,8 +259,9 @@ def test_a_circuit_opens_tries_one_request_at_a_time_and_closes(routed: Proxy) -
         metrics = routed.admin.metrics()
         assert metrics['tidegate_circuit_state{upstream="a.test/",state="closed"}'] == 1
         wait_until(
-            lambda: routed.admin.metrics().get('tidegate_circuit_opened_total{upstream="a.test/"}')
-            == 2
+            lambda: (
+                routed.admin.metrics().get('tidegate_circuit_opened_total{upstream="a.test/"}') == 2
+            )
         )
 
 
@@ -289,7 +290,9 @@ def test_a_circuit_stays_open_through_pushes_and_goes_with_the_upstream(routed: 
 
 
 def test_a_circuit_counts_no_request_that_found_no_peer(routed: Proxy) -> None:
-    routed.admin.put({A: {**upstream(), "policy": {"algorithm": "round_robin", "circuit": CIRCUIT}}})
+    routed.admin.put(
+        {A: {**upstream(), "policy": {"algorithm": "round_robin", "circuit": CIRCUIT}}}
+    )
     for _ in range(12):
         assert request(routed.http_port).headers["retry-after"] == "5"
     assert circuit(routed) == "closed"

@@ -18,6 +18,7 @@ local ceil = math.ceil
 local exiting = ngx.worker.exiting
 local find = string.find
 local gmatch = string.gmatch
+local gsub = string.gsub
 local ipairs = ipairs
 local match = string.match
 local max = math.max
@@ -97,9 +98,18 @@ end
 
 
 local function ask(socket, check, host, deadline)
+    local ok, err
+    if check.tls then
+        update_time()
+        socket:settimeout(max((deadline - now()) * 1000, 1))
+        ok, err = socket:sslhandshake(false, (gsub(host, ":%d+$", "")), false)
+        if not ok then
+            return { ok = false, message = "no TLS: " .. err }
+        end
+    end
     update_time()
     socket:settimeout(max((deadline - now()) * 1000, 1))
-    local ok, err = socket:send(check.method .. " " .. check.path .. " HTTP/1.1\r\nHost: " .. host
+    ok, err = socket:send(check.method .. " " .. check.path .. " HTTP/1.1\r\nHost: " .. host
                                 .. "\r\nUser-Agent: tidegate-check\r\nAccept: */*\r\n"
                                 .. "Connection: close\r\n\r\n")
     local head

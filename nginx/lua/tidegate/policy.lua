@@ -148,6 +148,7 @@ local POLICY = object({
         rise = whole(1, 100, 2),
         fall = whole(1, 100, 3),
         status = text(STATUS, "200-399"),
+        tls = flag(false),
     }, false),
     passive = object({
         failures = whole(0, MAX_COUNT, 5),

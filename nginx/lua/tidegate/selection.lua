@@ -2,8 +2,8 @@
 --
 -- Why: the rank of the peers and what a policy asks for come together here: sessions, limits, slow
 -- start, backups. Whether a peer can be sent to says `health.usable`, and `health.possible` where
--- none is. What a policy does not ask for costs nothing: `open` finds out which upstreams are plain.
--- Must not wait and must not connect.
+-- none is. What a policy does not ask for costs nothing: `open` finds out which upstreams are
+-- plain. Must not wait and must not connect.
 
 local health = require "tidegate.health"
 local load = require "tidegate.load"
