@@ -6,7 +6,6 @@ The pickers are asked inside a running nginx, thousands of times per test, witho
 from __future__ import annotations
 
 import itertools
-import itertools
 import json
 import random
 from collections import Counter
@@ -76,7 +75,8 @@ class Engine:
     def push(self, *peers: Mapping[str, object], **policy: object) -> None:
         """The one upstream there is, all of its peers admitted."""
         answer = self.proxy.admin.put({"u": upstream(*peers, **policy)})
-        assert answer.status == 200 and answer.json()["unsupported"] == [], answer.text
+        assert answer.status == 200, answer.text
+        assert answer.json()["unsupported"] == []
         blob = "local b = require('tidegate.store'); b.admit('u', b.probing_peers('u')); return 1"
         self.run(blob)
 

@@ -58,7 +58,8 @@ def serve(proxy: Proxy, *peers: dict[str, object], hold: float = 0.0, **policy: 
     """Pushes these peers as the first ones of their upstream: they need not prove anything."""
     assert proxy.admin.put({}).status == 200
     answer = proxy.admin.put({A: upstream(*peers, hold=hold, **policy)})
-    assert answer.status == 200 and answer.json()["unsupported"] == [], answer.text
+    assert answer.status == 200, answer.text
+    assert answer.json()["unsupported"] == []
 
 
 def change(proxy: Proxy, *peers: dict[str, object], **policy: object) -> None:
