@@ -436,6 +436,12 @@ def test_cells_are_given_back_and_given_again(engine: Engine) -> None:
         some = [peer(2000 + n, id=f"{number}-{n}") for n in range(100)]
         engine.push(*some, algorithm="least_conn")
         assert used() == 102
+        code = """
+            local u, highest = require("tidegate.balancer").lookup("u"), 0
+            for index = 0, u.up - 1 do highest = math.max(highest, u.peers[index].cell) end
+            return {highest}
+        """
+        assert engine.run(code)[0] <= 204  # the new ones before the old ones are given back
     engine.push(*some)
     assert used() == 0
     engine.push(*some, max_conns=1)
