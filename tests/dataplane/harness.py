@@ -437,10 +437,10 @@ class Backend:
     port: int = 0
     status: int = 200
     health: int = 200
-    tls: ssl.SSLContext | None = None
     delay: float = 0.0
     busy: int = 0
     busiest: int = 0
+    tls: ssl.SSLContext | None = None
     requests: list[Seen] = field(default_factory=list)
     connections: int = 0
     _server: asyncio.Server | None = None

@@ -19,6 +19,7 @@ local fill = ffi.fill
 local get_pid = ngx.worker.pid
 local match = string.match
 local max = math.max
+local min = math.min
 local ngx = ngx
 local now = ngx.now
 local pairs = pairs
@@ -28,7 +29,7 @@ local uintptr = ffi.typeof("uintptr_t")
 
 local CELLS = 131072    -- of peers and upstreams; 0 is nobody's
 local ROWS = 256        -- workers, those that are shutting down included
-local ROW_SIZE = CELLS * 4
+local CELL_SIZE = 4
 local FADE = 10         -- seconds in which a latency that nobody measures loses 63 % of its weight
 local WEIGHT_TIME = 5   -- seconds over which latencies are averaged
 local FAILURE = 1       -- seconds that a failed attempt counts at least
@@ -44,7 +45,8 @@ typedef struct {
     uint8_t used[131072];       /* 1: a cell that belongs to somebody */
     int32_t pids[256];          /* of the row's worker; 0: free */
     int32_t rows;               /* the ones from here on were never used */
-    int32_t cursor;             /* where the next free cell is looked for */
+    int32_t cursor;             /* where the search for a free cell begins */
+    int32_t highest;            /* the cells above were never used: their memory is not touched */
     int32_t taken;              /* cells that are used */
     int32_t counts[256][131072];
 } tidegate_load_t;
@@ -65,7 +67,9 @@ local begun = {}        -- request → when, where its latency is wanted
 
 --- Maps the memory, or finds what the configuration before has mapped. In the master.
 function _M.configure()
-    local address = ctl:get("load_address")
+    -- A version of this file with another layout has a memory of its own.
+    local key = "load_" .. tonumber(ffi.sizeof("tidegate_load_t"))
+    local address = ctl:get(key)
     if not address then
         local memory = ffi.C.mmap(nil, ffi.sizeof("tidegate_load_t"), PROT_READ_WRITE,
                                   MAP_SHARED_ANONYMOUS_NORESERVE, -1, 0)
@@ -73,7 +77,7 @@ function _M.configure()
         if cast("intptr_t", memory) == -1 then
             error("no memory for counting load: mmap: errno " .. ffi.errno(), 0)
         end
-        ctl:set("load_address", address)
+        ctl:set(key, address)
     end
     shared = cast(shared_ptr, address)
 end
@@ -82,7 +86,7 @@ end
 -- What this worker has written others see from here on, and the other way round: a dict's lock is
 -- a barrier.
 local function barrier()
-    ctl:get("load_address")
+    ctl:get("load_sweep")
 end
 
 
@@ -103,7 +107,7 @@ end
 
 
 local function clear(number)
-    fill(shared.counts[number], ROW_SIZE)
+    fill(shared.counts[number], (shared.highest + 1) * CELL_SIZE)
     shared.pids[number] = 0
     ctl:delete("load_row" .. number)
 end
@@ -288,21 +292,30 @@ function _M.latency(cell)
 end
 
 
---- Takes a free cell; 0 where there is none. Under the lock of the store.
-function _M.take()
-    local cell = shared.cursor
-    for _ = 1, CELLS - 1 do
-        cell = cell + 1 < CELLS and cell + 1 or 1
+-- The first free cell from `first` on.
+local function find_free(first)
+    for cell = first, CELLS - 1 do
         -- Requests to a peer that was removed may still be under way.
         if shared.used[cell] == 0 and sum(cell) == 0 then
-            shared.used[cell] = 1
-            shared.taken = shared.taken + 1
-            shared.latency[cell] = 0
-            shared.cursor = cell
             return cell
         end
     end
-    return 0
+    return nil
+end
+
+
+--- Takes a free cell, a low one; 0 where there is none. Under the lock of the store.
+function _M.take()
+    local cell = find_free(shared.cursor + 1) or find_free(1)
+    if not cell then
+        return 0
+    end
+    shared.used[cell] = 1
+    shared.taken = shared.taken + 1
+    shared.latency[cell] = 0
+    shared.cursor = cell
+    shared.highest = max(shared.highest, cell)
+    return cell
 end
 
 
@@ -311,6 +324,7 @@ function _M.give(cell)
     if cell ~= 0 and shared.used[cell] == 1 then
         shared.used[cell] = 0
         shared.taken = shared.taken - 1
+        shared.cursor = min(shared.cursor, cell - 1)
     end
 end
 
@@ -324,7 +338,7 @@ end
 --- Gives back all cells that are not in the set `wanted`. Under the lock of the store.
 function _M.keep_only(wanted)
     fill(shared.used, CELLS)
-    shared.taken = 0
+    shared.taken, shared.cursor = 0, 0
     for cell in pairs(wanted) do
         if cell ~= 0 then
             shared.used[cell] = 1

@@ -124,7 +124,7 @@ local POLICY = object({
         max_age = whole(0, 400 * 86400, 0),
         secure = flag(false),
         http_only = flag(true),
-        same_site = text("^[A-Za-z]+$", "Lax"),
+        same_site = text("^[A-Za-z]*$", "Lax"),
         path = text("^/[^%c; ]*$", "/"),
     }, false),
     slow_start = number(0, MAX_SECONDS, 0),
