@@ -21,6 +21,7 @@ state=${TIDEGATE_STATE_DIR:-/var/lib/tidegate}
 conf_dir=${TIDEGATE_CONF_DIR:-/etc/tidegate/conf.d}
 admin_listen=${TIDEGATE_ADMIN_LISTEN:-127.0.0.1:8081}
 token_file=${TIDEGATE_ADMIN_TOKEN_FILE:-}
+session_secret_file=${TIDEGATE_SESSION_SECRET_FILE:-}
 tls_cert=${TIDEGATE_ADMIN_TLS_CERT:-}
 tls_key=${TIDEGATE_ADMIN_TLS_KEY:-}
 tls_client_ca=${TIDEGATE_ADMIN_TLS_CLIENT_CA:-}
@@ -60,7 +61,8 @@ check() { # NAME VALUE PATTERN-OF-ALLOWED-CHARACTERS
 }
 path_chars='A-Za-z0-9._/@+:,=-'
 for pair in "TIDEGATE_RUN_DIR=$run" "TIDEGATE_STATE_DIR=$state" "TIDEGATE_CONF_DIR=$conf_dir" \
-    "TIDEGATE_ADMIN_TOKEN_FILE=$token_file" "TIDEGATE_ADMIN_TLS_CERT=$tls_cert" \
+    "TIDEGATE_ADMIN_TOKEN_FILE=$token_file" \
+    "TIDEGATE_SESSION_SECRET_FILE=$session_secret_file" "TIDEGATE_ADMIN_TLS_CERT=$tls_cert" \
     "TIDEGATE_ADMIN_TLS_KEY=$tls_key" "TIDEGATE_ADMIN_TLS_CLIENT_CA=$tls_client_ca" \
     "TIDEGATE_ERROR_PAGE=$error_page" "TIDEGATE_STATUS_PASSWORD_FILE=$status_password_file" \
     "TIDEGATE_CA_BUNDLE=$ca_bundle" "directory=$home"; do
@@ -90,6 +92,9 @@ case $admin_listen in
 esac
 if [ -n "$token_file" ] && [ ! -r "$token_file" ]; then
     fail "TIDEGATE_ADMIN_TOKEN_FILE $token_file cannot be read by user $(id -u)"
+fi
+if [ -n "$session_secret_file" ] && [ ! -r "$session_secret_file" ]; then
+    fail "TIDEGATE_SESSION_SECRET_FILE $session_secret_file cannot be read by user $(id -u)"
 fi
 if [ -n "$status_password_file" ] && [ ! -r "$status_password_file" ]; then
     fail "TIDEGATE_STATUS_PASSWORD_FILE $status_password_file cannot be read by user $(id -u)"
@@ -206,6 +211,7 @@ sed -e "s|@MODULES@|$modules|g" \
     -e "s|@POINTER_SIZE@|${pointer_size}k|g" \
     -e "s|@DICT_SIZE@|$dict_size|g" \
     -e "s|@TOKEN_FILE@|$token_file|g" \
+    -e "s|@SESSION_SECRET_FILE@|$session_secret_file|g" \
     -e "s|@LEASE_TTL@|$lease_ttl|g" \
     -e "s|@MAX_HELD@|$max_held|g" \
     -e "s|@ERROR_PAGE@|$error_page|g" \

@@ -167,10 +167,15 @@ class Admin:
             self.revision = base + 1
         return answer
 
+    def shown(self, upstream: str) -> dict[str, Any]:
+        """`GET /v1/membership/UPSTREAM`."""
+        path = "/v1/membership/" + upstream.replace("/", "%2F")
+        answer: dict[str, Any] = self.call("GET", path).json()
+        return answer
+
     def live(self, upstream: str) -> dict[str, str]:
         """Live state by peer id."""
-        answer = self.call("GET", "/v1/membership/" + upstream.replace("/", "%2F")).json()
-        return {peer["id"]: peer["live"]["state"] for peer in answer["peers"]}
+        return {peer["id"]: peer["live"]["state"] for peer in self.shown(upstream)["peers"]}
 
     def site(self, files: Mapping[str, str]) -> Answer:
         """Pushes a site, with the hash of its files as generation."""
@@ -363,9 +368,11 @@ server {{
     return files
 
 
-def upstream(*peers: Mapping[str, object], hold: float = 0.0) -> dict[str, object]:
-    """An upstream as it goes over the wire."""
-    return {"policy": {"algorithm": "round_robin"}, "hold": hold, "peers": list(peers)}
+def upstream(
+    *peers: Mapping[str, object], hold: float = 0.0, **policy: object
+) -> dict[str, object]:
+    """An upstream as it goes over the wire; `policy` are the fields of its policy."""
+    return {"policy": {"algorithm": "round_robin"} | policy, "hold": hold, "peers": list(peers)}
 
 
 def peer(
@@ -375,6 +382,7 @@ def peer(
     address: str = "127.0.0.1",
     weight: int = 1,
     state: str = "up",
+    backup: bool = False,
 ) -> dict[str, object]:
     """A peer as it goes over the wire."""
     return {
@@ -383,6 +391,7 @@ def peer(
         "port": port,
         "weight": weight,
         "state": state,
+        **({"backup": True} if backup else {}),
     }
 
 
@@ -416,12 +425,22 @@ class Backend:
     """A toy application: answers with its name.
 
     Paths: `/sleep/SECONDS` answers late; `/echo` answers with the body; `/reset` reads the request
-    and closes without an answer; an `Upgrade: websocket` is accepted and each message echoed.
+    and closes without an answer; `/garbage` answers with an invalid header; an `Upgrade: websocket`
+    is accepted and each message echoed. `/check` answers with `health`, all else with `status`.
+
+    Attributes:
+        delay: seconds before each answer.
+        busy: requests it has not answered yet; `busiest`: the most there have been.
     """
 
     name: str = "backend"
     address: str = "127.0.0.1"
     port: int = 0
+    status: int = 200
+    health: int = 200
+    delay: float = 0.0
+    busy: int = 0
+    busiest: int = 0
     tls: ssl.SSLContext | None = None
     requests: list[Seen] = field(default_factory=list)
     connections: int = 0
@@ -493,21 +512,54 @@ class Backend:
         body = await reader.readexactly(int(headers.get("content-length", "0")))
         tls = writer.get_extra_info("ssl_object")
         self.requests.append(Seen(method, path, headers, body, tls))
+        self.busy += 1
+        self.busiest = max(self.busy, self.busiest)
+        try:
+            return await self._answer(method, path, headers, body, reader, writer)
+        finally:
+            self.busy -= 1
+
+    async def _answer(
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> bool:
         if headers.get("upgrade") == "websocket":
             await self._websocket(headers, reader, writer)
             return False
         if path.startswith("/reset"):
             return False
+        if path.startswith("/garbage"):
+            writer.write(b"HTTP/1.1 200 OK\r\nX\0Y: z\r\n\r\n")
+            await writer.drain()
+            return False
         if path.startswith("/sleep/"):
             await asyncio.sleep(float(path.split("/")[2]))
+        elif self.delay:
+            await asyncio.sleep(self.delay)
         text = body if path.startswith("/echo") else self.name.encode()
+        status = self.health if path.startswith("/check") else self.status
         writer.write(
-            b"HTTP/1.1 200 OK\r\nX-Backend: %s\r\nContent-Length: %d\r\n\r\n"
-            % (self.name.encode(), len(text))
+            b"HTTP/1.1 %d Said\r\nX-Backend: %s\r\nContent-Length: %d\r\n\r\n"
+            % (status, self.name.encode(), len(text))
             + (b"" if method == "HEAD" else text)
         )
         await writer.drain()
         return True
+
+    @property
+    def checks(self) -> list[Seen]:
+        """Requests of health checks, which go to `/check`."""
+        return [seen for seen in self.requests if seen.path.startswith("/check")]
+
+    @property
+    def traffic(self) -> list[Seen]:
+        """All other requests."""
+        return [seen for seen in self.requests if not seen.path.startswith("/check")]
 
     async def _websocket(
         self,

@@ -7,11 +7,13 @@ local certificates = require "tidegate.certificates"
 local codec = require "tidegate.codec"
 local json = require "tidegate.json"
 local lease = require "tidegate.lease"
+local live = require "tidegate.live"
 local metrics = require "tidegate.metrics"
 local persist = require "tidegate.persist"
 local posix = require "tidegate.posix"
 local probe = require "tidegate.probe"
 local process = require "ngx.process"
+local records = require "tidegate.records"
 local site = require "tidegate.site"
 local store = require "tidegate.store"
 local wire = require "tidegate.wire"
@@ -215,7 +217,7 @@ local function get_membership()
         local blob = store.get(name)
         if blob then
             local part = (first and "" or ",") .. json.quote(name) .. ":"
-                .. wire.show_upstream(codec.decode(blob))
+                .. wire.show_upstream(name, codec.decode(blob))
             first = false
             parts[#parts + 1] = part
             size = size + #part
@@ -250,7 +252,7 @@ local function get_upstream(name)
     if not blob then
         return refuse(404, "not_found", "there is no upstream " .. name)
     end
-    return send(200, wire.show_upstream(codec.decode(blob)))
+    return send(200, wire.show_upstream(name, codec.decode(blob)))
 end
 
 
@@ -342,6 +344,7 @@ local function push_membership(full)
     })
     ngx.eof()
     metrics.forget(result.removed_names)
+    records.forget(result.removed_names)
 end
 
 
@@ -449,6 +452,7 @@ local function get_metrics()
     ngx.header["Content-Type"] = "text/plain; version=0.0.4; charset=utf-8"
     metrics.print({
         generation = site.generation(),
+        counts = live.counts,
         nginx = {
             active = ngx.var.connections_active,
             reading = ngx.var.connections_reading,
