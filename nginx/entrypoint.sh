@@ -106,27 +106,31 @@ else
     admin_listen_line=$admin_listen
 fi
 
-modules=
-if [ -x /usr/local/openresty/bin/openresty ]; then
+# OpenResty has Lua built in; Debian's nginx loads it, and so may any other that was built so.
+binary=${TIDEGATE_NGINX:-}
+if [ -z "$binary" ] && [ -x /usr/local/openresty/bin/openresty ]; then
     binary=/usr/local/openresty/bin/openresty
-else
+elif [ -z "$binary" ]; then
     binary=$(command -v openresty || command -v nginx || echo /usr/sbin/nginx)
-    [ -x "$binary" ] || fail "neither OpenResty nor nginx is installed"
-    for module in ndk_http_module ngx_http_lua_module; do
-        if [ -f "/usr/lib/nginx/modules/$module.so" ]; then
-            modules="$modules load_module /usr/lib/nginx/modules/$module.so;"
-        fi
-    done
-    case $binary in
-        */openresty) ;;
-        *)
-            case $modules in
-                *ngx_http_lua_module*) ;;
-                *) fail "nginx has no Lua module; on Debian: apt-get install libnginx-mod-http-lua lua-cjson" ;;
-            esac
-            ;;
-    esac
 fi
+check TIDEGATE_NGINX "$binary" "$path_chars"
+[ -x "$binary" ] || fail "neither OpenResty nor nginx is installed: there is no $binary"
+modules=
+case $("$binary" -V 2>&1) in
+    # As nginx tells how it was configured: the module's directory, whatever its version.
+    *--add-module=*ngx_lua*|*--add-module=*lua-nginx-module*) ;;
+    *)
+        for module in ndk_http_module ngx_http_lua_module; do
+            if [ -f "/usr/lib/nginx/modules/$module.so" ]; then
+                modules="$modules load_module /usr/lib/nginx/modules/$module.so;"
+            fi
+        done
+        case $modules in
+            *ngx_http_lua_module*) ;;
+            *) fail "$binary has no Lua module; on Debian: apt-get install libnginx-mod-http-lua lua-cjson" ;;
+        esac
+        ;;
+esac
 
 user_line=
 if [ "$(id -u)" = 0 ]; then

@@ -29,6 +29,8 @@ from typing import Any, Self, TypeVar
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRYPOINT = ROOT / "nginx" / "entrypoint.sh"
+TEST_NGINX = os.environ.get("TIDEGATE_TEST_NGINX", "")
+"""Binary to test instead of the one that is installed; empty for that one."""
 WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
 T = TypeVar("T")
@@ -222,6 +224,7 @@ class Proxy:
             "TIDEGATE_ADMIN_TOKEN": token,
             "TIDEGATE_HTTP_PORT": str(self.http_port),
             "TIDEGATE_WORKERS": str(workers),
+            "TIDEGATE_NGINX": TEST_NGINX,
             **(env or {}),
         }
         self._process: subprocess.Popen[bytes] | None = None
@@ -621,7 +624,8 @@ class Load:
 def nginx_is_installed() -> bool:
     """Whether this machine has nginx with Lua, or OpenResty."""
     return bool(
-        shutil.which("openresty")
+        TEST_NGINX
+        or shutil.which("openresty")
         or Path("/usr/local/openresty/bin/openresty").exists()
         or Path("/usr/lib/nginx/modules/ngx_http_lua_module.so").exists()
     )
