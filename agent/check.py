@@ -167,7 +167,7 @@ def _templates(settings: Settings) -> Iterator[Finding]:
     if not path:
         return
     try:
-        SiteRenderer(settings).render(Site(()), 0)
+        SiteRenderer(settings).render(Site(()), 0, frozenset())
     except RenderError as error:
         yield Finding(Level.FAILED, "templates", str(error), "Mend the template; see docs.")
     else:

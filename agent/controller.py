@@ -49,12 +49,12 @@ class SiteRenderer:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
-    def render(self, site: Site, nginx_version: int) -> Rendered:
-        """The files for an nginx of that version. Raises RenderError."""
+    def render(self, site: Site, nginx_version: int, features: frozenset[str]) -> Rendered:
+        """The files for an nginx of that version and with these features. Raises RenderError."""
         capabilities = (
-            render.Capabilities(nginx_version=nginx_version)
+            render.Capabilities(nginx_version=nginx_version, features=features)
             if nginx_version
-            else render.Capabilities()
+            else render.Capabilities(features=features)
         )
         return Rendered(
             files=render.render(site, self._settings, capabilities),

@@ -217,7 +217,7 @@ def plan(
     lingering = running.lingering(desired)
     wanted = Membership({**desired.membership.upstreams, **{item.name: item for item in lingering}})
     site, gone = _with_lingering(desired.site, running.lingering_hosts(lingering))
-    rendered: dict[int, tuple[Rendered, Rendered]] = {}
+    rendered: dict[tuple[int, frozenset[str]], tuple[Rendered, Rendered]] = {}
     result = []
     for target in targets:
         client = connect(target)
@@ -230,12 +230,10 @@ def plan(
             continue
         finally:
             client.close()
-        if status.nginx_version not in rendered:
-            rendered[status.nginx_version] = (
-                renderer.render(site, status.nginx_version),
-                renderer.render(gone, status.nginx_version),
-            )
-        fresh, past = rendered[status.nginx_version]
+        build = (status.nginx_version, status.features)
+        if build not in rendered:
+            rendered[build] = (renderer.render(site, *build), renderer.render(gone, *build))
+        fresh, past = rendered[build]
         quarantined = running.quarantined(target)
         kept = {*past.hosts, *(file for file, host in fresh.hosts.items() if host in quarantined)}
         files = _keep(kept, fresh.files, runs)
@@ -287,7 +285,7 @@ def _with_lingering(site: Site, lingering: Iterable[Host]) -> tuple[Site, Site]:
         ]
         locations = sorted((*host.locations, *more), key=lambda location: location.path)
         hosts[past.name] = replace(host, locations=tuple(locations))
-    return Site(tuple(hosts.values())), Site(tuple(gone))
+    return replace(site, hosts=tuple(hosts.values())), Site(tuple(gone))
 
 
 def _keep(

@@ -1,4 +1,4 @@
-"""A site as nginx configuration: one file per host, and one for what all hosts share.
+"""A site as nginx configuration: one file per host or TCP port, and what all hosts share.
 
 The text is a function of its arguments alone: sorted, without times, so that an equal site has an
 equal generation and needs no reload. Every value that a label or a setting brought in goes through
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,13 +20,21 @@ import jinja2
 
 from agent.config.settings import Settings
 from agent.errors import RenderError
-from agent.model import Site
+from agent.model import Host, Site
 
 DEFAULT_FILE = "00-default.conf"
-"""The file of what all hosts share; every other file is for one host."""
+"""The file of what all hosts share."""
+
+PASSTHROUGH_FILE = "passthrough.stream"
+"""The file that tells, by server name, whose TLS is passed on unopened; for nginx's stream part."""
+
+STREAM = "stream"
+"""The feature of an OpenResty that can pass connections on unopened."""
 
 _DEFAULT_TEMPLATE = "default.conf.j2"
 _HOST_TEMPLATE = "host.conf.j2"
+_TCP_TEMPLATE = "tcp.stream.j2"
+_PASSTHROUGH_TEMPLATE = "passthrough.stream.j2"
 _HTTP2_DIRECTIVE_SINCE = 1_025_001
 _KEEPALIVE_MIN_TIMEOUT_SINCE = 1_027_004
 _LONGEST_FILE_NAME = 255
@@ -38,13 +46,18 @@ class Capabilities:
 
     Attributes:
         nginx_version: as nginx numbers itself, 1022001 for 1.22.1.
+        features: what it can do that not every build can, as its status says.
     """
 
     nginx_version: int = 1_022_001
+    features: frozenset[str] = frozenset()
 
 
 def render(site: Site, settings: Settings, caps: Capabilities) -> dict[str, str]:
     """The site as files, name to text.
+
+    Without the feature `stream` there are no files for TCP ports and passthrough; who renders says
+    so to whoever asked for them.
 
     Raises:
         RenderError: a template cannot be read or fails, or a setting cannot be written in nginx's
@@ -52,7 +65,13 @@ def render(site: Site, settings: Settings, caps: Capabilities) -> dict[str, str]
     """
     extension = settings.extension
     templates = _templates(extension.template_path)
+    stream = STREAM in caps.features
+    unopened = tuple(
+        host for host in site.hosts if host.passthrough and stream and extension.ssl_port != 0
+    )
     shared = {
+        # Connections of the TLS port come by way of the stream part.
+        "behind_stream": bool(unopened),
         "extension": extension,
         "ipv6": extension.listen_ipv6,
         "http2_directive": caps.nginx_version >= _HTTP2_DIRECTIVE_SINCE,
@@ -73,8 +92,15 @@ def render(site: Site, settings: Settings, caps: Capabilities) -> dict[str, str]
             files[file_name(host.name)] = template.render(
                 shared,
                 host=host,
-                tls=host.tls is not None and extension.ssl_port != 0,
+                tls=host.tls is not None and extension.ssl_port != 0 and host not in unopened,
                 has_root=any(location.path == "/" for location in host.locations),
+            )
+        template = templates.get_template(_TCP_TEMPLATE)
+        for route in site.tcp if stream else ():
+            files[tcp_file_name(route.port)] = template.render(shared, route=route)
+        if unopened:
+            files[PASSTHROUGH_FILE] = templates.get_template(_PASSTHROUGH_TEMPLATE).render(
+                shared, names=_names(unopened), opened=_opened(site, unopened)
             )
     except _TEMPLATE_FAULTS as error:
         raise RenderError(_told(error, extension.template_path)) from error
@@ -103,9 +129,39 @@ def file_name(host: str) -> str:
     return plain + ".conf"
 
 
+def tcp_file_name(port: int) -> str:
+    """Name of the file of a TCP port."""
+    return f"tcp-{port}.stream"
+
+
 def hosts_of_files(site: Site) -> dict[str, str]:
-    """File name to host name, for each file that is for one host."""
-    return {file_name(host.name): host.name for host in site.hosts}
+    """File name to host name, or `tcp port N`, for each file that is for one of them."""
+    hosts = {file_name(host.name): host.name for host in site.hosts}
+    return hosts | {tcp_file_name(route.port): f"tcp port {route.port}" for route in site.tcp}
+
+
+def _names(unopened: Iterable[Host]) -> dict[str, str]:
+    """Server name to upstream, for each name whose TLS is passed on."""
+    return {
+        _map_key(name): host.passthrough for host in unopened for name in (host.name, *host.aliases)
+    }
+
+
+def _opened(site: Site, unopened: tuple[Host, ...]) -> tuple[str, ...]:
+    """Names that a wildcard among the passed on ones could take away from hosts with TLS here."""
+    if not any(name.startswith("*.") for host in unopened for name in (host.name, *host.aliases)):
+        return ()
+    return tuple(
+        _map_key(name)
+        for host in site.hosts
+        if host.tls is not None and host not in unopened
+        for name in (host.name, *host.aliases)
+    )
+
+
+def _map_key(name: str) -> str:
+    """A server name as a key of nginx's `map`, where some words mean something else."""
+    return "\\" + name if name in ("default", "hostnames", "include", "volatile") else name
 
 
 def quote(value: object, *, variables: str = "") -> str:

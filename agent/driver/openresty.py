@@ -53,6 +53,7 @@ class Status:
         instance: id of the running OpenResty, new at each start.
         source: where its membership came from: "push", "disk" or "none".
         nginx_version: as nginx counts it: 1022001 is 1.22.1.
+        features: what it can do that not every build can: `stream`.
     """
 
     instance: str
@@ -64,6 +65,7 @@ class Status:
     peers: int = 0
     source: str = ""
     nginx_version: int = 0
+    features: frozenset[str] = frozenset()
     versions: Mapping[str, str] = field(default_factory=dict)
     dict_capacity: int = 0
     dict_free: int = 0
@@ -351,6 +353,7 @@ def _status(answer: Mapping[str, Any]) -> Status:
             peers=int(answer.get("peers") or 0),
             source=str(answer.get("source") or ""),
             nginx_version=int(answer.get("nginx_version") or 0),
+            features=frozenset(str(item) for item in answer.get("features") or ()),
             versions={str(k): str(v) for k, v in (answer.get("versions") or {}).items()},
             dict_capacity=int(room.get("capacity_bytes") or 0),
             dict_free=int(room.get("free_bytes") or 0),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -70,8 +70,8 @@ class Rendered:
 
     Attributes:
         files: name to text, complete.
-        hosts: name of a file to the host that it is for. Only these can be quarantined: the
-            others are the ground that all hosts stand on.
+        hosts: name of a file to the host, or `tcp port N`, that it is for. Only these can be
+            quarantined: the others are the ground that all hosts stand on.
     """
 
     files: Mapping[str, str]
@@ -81,8 +81,8 @@ class Rendered:
 class Renderer(Protocol):
     """How a site becomes files; pure."""
 
-    def render(self, site: Site, nginx_version: int) -> Rendered:
-        """The files for an nginx of that version. Raises RenderError."""
+    def render(self, site: Site, nginx_version: int, features: frozenset[str]) -> Rendered:
+        """The files for an nginx of that version and with these features. Raises RenderError."""
 
     def generation(self, files: Mapping[str, str]) -> str:
         """The generation that these files are."""
@@ -239,6 +239,15 @@ def shared(found: Membership, wanted: Membership) -> Membership:
             for name, upstream in found.upstreams.items()
         }
     )
+
+
+def named(site: Site) -> Iterator[str]:
+    """Upstreams that a site names."""
+    for host in site.hosts:
+        yield from (location.upstream for location in host.locations)
+        if host.passthrough:
+            yield host.passthrough
+    yield from (route.upstream for route in site.tcp)
 
 
 def survivors(upstream: Upstream, wanted: Membership) -> Upstream:

@@ -26,6 +26,7 @@ from agent.driver.parts import (
     Revisions,
     Sink,
     diff,
+    named,
     shared,
     survivors,
 )
@@ -48,6 +49,9 @@ log = logging.getLogger(__name__)
 
 BUSY_WAIT = 0.05
 """Seconds until a push is tried again that met another one."""
+
+STREAM = "stream"
+"""The feature of an instance that can pass connections on unopened."""
 
 FIRST_WAIT = 0.05
 """Seconds until the first retry; doubles up to the heartbeat."""
@@ -221,7 +225,31 @@ class Worker:
             )
             for name, item in self._refused.items()
         )
-        return refused + self.quarantine.rejections(self.target.name)
+        return refused + self.quarantine.rejections(self.target.name) + self._unavailable()
+
+    def _unavailable(self) -> tuple[Rejection, ...]:
+        """What was asked for and takes a module that the instance's nginx lacks."""
+        with self._changed:
+            status, order = self._status, self._order
+        if status is None or order is None or STREAM in status.features:
+            return ()
+        asked = [(f"tcp port {route.port}", "the TCP route") for route in order.site.tcp] + [
+            (f"host {host.name}", "the passthrough of its TLS")
+            for host in order.site.hosts
+            if host.passthrough
+        ]
+        return tuple(
+            Rejection(
+                subject=subject,
+                reason="stream_unavailable",
+                message=f"OpenResty {self.target.name} does not serve {what}: this build of nginx "
+                f"({status.versions.get('nginx') or 'of unknown version'}) has no stream Lua "
+                "module",
+                hint="Use an image with OpenResty, as Dockerfile.openresty does by default; "
+                "Debian's nginx has no such module. All else is served.",
+            )
+            for subject, what in asked
+        )
 
     # For the rollout.
 
@@ -240,23 +268,21 @@ class Worker:
             if self._has_site(site) and not self.quarantine.due(now):
                 return False
             known = held.membership.upstreams
-            return all(
-                location.upstream in known or location.upstream in self._refused
-                for host in site.hosts
-                for location in host.locations
-            )
+            return all(name in known or name in self._refused for name in named(site))
 
     def site_wake_at(self) -> float | None:
         """When the rollout has to look again by itself (monotonic); None if never."""
         with self._changed:
             return self._site_retry_at if self._site_error else self.quarantine.due_at()
 
-    def begin_site(self) -> tuple[int, str, Connect]:
-        """A push of the site begins; returns nginx version, generation and the client's maker."""
+    def begin_site(self) -> tuple[int, frozenset[str], str, Connect]:
+        """A push of the site begins; returns version, features, generation, the client's maker."""
         with self._changed:
             self._rolling = True
-            version = self._status.nginx_version if self._status else 0
-            return version, self._generation, self._connect
+            status = self._status
+            version = status.nginx_version if status else 0
+            features = status.features if status else frozenset()
+            return version, features, self._generation, self._connect
 
     def end_site(self, site: Site | None, generation: str, error: TidegateError | None) -> None:
         """A push of the site has ended.

@@ -51,6 +51,7 @@ class FakeOpenResty:
         self.lease_until = 0.0
         self.lease_ttl = 15.0
         self.nginx_version = 1022001
+        self.features: frozenset[str] = frozenset()
         self.calls: list[tuple[str, object]] = []
         self.down = False
         self.busy = 0
@@ -106,6 +107,7 @@ class FakeClient:
                 writer=s.writer,
                 upstreams=len(s.membership.upstreams),
                 nginx_version=s.nginx_version,
+                features=s.features,
             )
 
     def membership(self) -> tuple[int, Membership]:
@@ -190,7 +192,7 @@ class FakeRenderer:
         self.ground = ground
         self.renders = 0
 
-    def render(self, site: Site, nginx_version: int) -> Rendered:
+    def render(self, site: Site, nginx_version: int, features: frozenset[str]) -> Rendered:
         self.renders += 1
         files = {f"{host.name}.conf": f"{host!r} for {nginx_version}" for host in site.hosts}
         hosts = {f"{host.name}.conf": host.name for host in site.hosts}

@@ -2,6 +2,7 @@
 
 local api = require "tidegate.api"
 local balancer = require "tidegate.balancer"
+local bridge = require "tidegate.bridge"
 local hold = require "tidegate.hold"
 local lease = require "tidegate.lease"
 local metrics = require "tidegate.metrics"
@@ -18,6 +19,8 @@ local ngx = ngx
 local pcall = pcall
 
 local _M = { version = "0.1.0" }
+
+local has_stream = false
 
 
 local function random_id()
@@ -45,7 +48,7 @@ end
 
 
 --- Body of `init_by_lua`: runs in the master at each load of the configuration.
--- @param options `{run, state, binary, token_file, lease_ttl, max_held, error_page}`
+-- @param options `{run, state, binary, token_file, lease_ttl, max_held, error_page, stream}`
 function _M.start(options)
     math.randomseed(ngx.time() * 1000 + ngx.worker.pid())
     if not ctl:get("instance") then
@@ -63,6 +66,7 @@ function _M.start(options)
         version = _M.version,
     })
     hold.set_limit(options.max_held)
+    has_stream = options.stream
     local page, err = posix.read(options.error_page)
     if page then
         hold.set_page(page)
@@ -95,6 +99,9 @@ end
 function _M.start_worker()
     math.randomseed(ngx.now() * 1000 + ngx.worker.pid() * 7919)
     site.worker_started()
+    if has_stream then
+        bridge.publish(ctl:get("instance"))
+    end
     -- Each second, so that a worker that dies leaves nothing undone for long.
     every(1, guarded("counting", metrics.flush))
     every(1, guarded("probing", probe.start_all))
