@@ -70,7 +70,9 @@ def render(site: Site, settings: Settings, caps: Capabilities) -> dict[str, str]
         host for host in site.hosts if host.passthrough and stream and extension.ssl_port != 0
     )
     shared = {
-        # Connections of the TLS port come by way of the stream part.
+        # Hosts with TLS always listen to the stream part too: its old workers, after the last
+        # passthrough is gone, still have connections for them.
+        "stream": stream,
         "behind_stream": bool(unopened),
         "extension": extension,
         "ipv6": extension.listen_ipv6,

@@ -192,7 +192,9 @@ class FakeRenderer:
         self.ground = ground
         self.renders = 0
 
-    def render(self, site: Site, nginx_version: int, features: frozenset[str]) -> Rendered:
+    def render(
+        self, site: Site, nginx_version: int, features: frozenset[str] = frozenset()
+    ) -> Rendered:
         self.renders += 1
         files = {f"{host.name}.conf": f"{host!r} for {nginx_version}" for host in site.hosts}
         hosts = {f"{host.name}.conf": host.name for host in site.hosts}

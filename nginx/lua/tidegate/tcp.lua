@@ -14,12 +14,13 @@ local store = require "tidegate.store"
 
 local ptr = ngx.shared.tidegate_ptr
 
-local crc32 = ngx.crc32_short
+local byte = string.byte
 local exit = ngx.exit
 local exiting = ngx.worker.exiting
 local get_last_failure = balancer.get_last_failure
 local huge = math.huge
 local log = math.log
+local md5_bin = ngx.md5_bin
 local min = math.min
 local ngx = ngx
 local now = ngx.now
@@ -109,11 +110,13 @@ end
 
 
 -- Rendezvous hashing: a peer that comes or goes moves its own share of the clients and no other.
+-- It looks at each peer, so it is not for thousands of them; a CRC would not mix well enough.
 local function by_client(upstream, possible)
     local client = var.proxy_protocol_addr
     client = client and client ~= "" and client or var.remote_addr
     return best(upstream, possible, function(index)
-        local point = (crc32(client .. key_of(upstream, index)) + 1) / 4294967297
+        local a, b, c, d = byte(md5_bin(client .. key_of(upstream, index)), 1, 4)
+        local point = (((a * 256 + b) * 256 + c) * 256 + d + 1) / 4294967297
         return upstream.peers[index].weight / -log(point)
     end)
 end
@@ -270,6 +273,11 @@ end
 --- Body of `preread_by_lua`: a connection that finds no peer waits for one, if one is expected.
 function _M.hold()
     local name = var.tidegate_upstream
+    if name == "" then
+        -- Known only now, when the name that the client asks for has been read.
+        name = var.tidegate_passthrough
+        var.tidegate_upstream = name
+    end
     local upstream = lookup(name)
     if not upstream or upstream.hold == 0 or choose(upstream, nil, true) then
         return
@@ -318,9 +326,10 @@ function _M.balance()
     if not state.begun then
         state.begun = true
         counters.opened(name, 1)
-        local others = upstream.up + upstream.draining + upstream.probing - 1
-        if others > 0 then
-            set_more_tries(min(others, MAX_TRIES - 1))
+        -- The placeholder of the configuration is down and counts for none.
+        local tries = upstream.up + upstream.draining + upstream.probing
+        if tries > 1 then
+            set_more_tries(min(tries, MAX_TRIES))
         end
     end
     local times = upstream.timeouts
