@@ -285,9 +285,7 @@ def test_by_client_address_a_client_stays_and_few_move(
     assert moved == [client for client in clients if before[client] == "p3"]
 
 
-def test_least_conn_counts_open_connections(
-    short: Path, greeters: Callable[..., Greeter]
-) -> None:
+def test_least_conn_counts_open_connections(short: Path, greeters: Callable[..., Greeter]) -> None:
     policy = {"algorithm": "least_conn"}
     number = free_port()
     with Proxy(short / "one", workers=1) as proxy, contextlib.ExitStack() as stack:
@@ -315,9 +313,7 @@ def test_weights_count(proxy: Proxy, port: int, greeters: Callable[..., Greeter]
     assert 140 <= seen["a"] <= 160, seen
 
 
-def test_connections_are_counted(
-    proxy: Proxy, port: int, greeters: Callable[..., Greeter]
-) -> None:
+def test_connections_are_counted(proxy: Proxy, port: int, greeters: Callable[..., Greeter]) -> None:
     proxy.admin.patch({ROUTE: upstream(greeters("a").peer())})
     connection, _ = connect(port)
     tag = f'upstream="{ROUTE}"'
