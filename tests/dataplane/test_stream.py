@@ -21,7 +21,16 @@ from agent.config.settings import Extension, Settings
 from agent.model import Host, Location, Site, TcpRoute, Tls
 from agent.render import Capabilities, render
 from tests.certificates import authority, certificate
-from tests.dataplane.harness import ROOT, Backend, Proxy, free_port, peer, upstream, wait_until
+from tests.dataplane.harness import (
+    ROOT,
+    Backend,
+    Proxy,
+    free_port,
+    peer,
+    request,
+    upstream,
+    wait_until,
+)
 
 pytestmark = pytest.mark.stream
 
@@ -151,7 +160,7 @@ def echoes(connection: socket.socket, text: bytes) -> bool:
 
 
 def test_the_instance_says_that_it_can(proxy: Proxy) -> None:
-    assert proxy.admin.status()["features"] == ["stream"]
+    assert "stream" in proxy.admin.status()["features"]
 
 
 def test_connections_go_to_the_peers_in_turn(
@@ -380,7 +389,7 @@ def test_a_library_that_declares_its_functions_differently_is_not_called(short: 
     assert text.count("int get_stale") == 1
     bridge.write_text(text.replace("int get_stale", "long get_stale"))
     with Proxy(short / "other", home=home) as proxy:
-        assert proxy.admin.status()["features"] == []
+        assert "stream" not in proxy.admin.status()["features"]
         assert "ngx_http_lua_ffi_shdict_get in a way that is not known here" in proxy.output
 
 
@@ -499,7 +508,7 @@ def test_passthrough_follows_the_membership(
 
 def test_a_wildcard_takes_no_host_that_is_opened_here(front: Front) -> None:
     app = Host("app.wild.test", (), (Location("/", "open.test/"),), tls=tls(front.directory))
-    wild = Host("*.wild.test", (), (), passthrough="raw.test/")
+    wild = Host("*.wild.test", ("default",), (), passthrough="raw.test/")
     front.push(wild, app)
     assert front.subject("any.wild.test") == "behind"
     assert front.subject("app.wild.test") == "front"
@@ -537,3 +546,18 @@ def test_coming_and_going_of_passthrough_refuses_nobody(front: Front) -> None:
     for thread in threads:
         thread.join(20)
     assert failed == []
+
+
+@pytest.mark.parametrize("whose", ["http_port", "admin_port"])
+def test_a_port_that_is_the_proxy_s_own_is_named_and_the_rest_serves_on(
+    proxy: Proxy, port: int, greeters: Callable[..., Greeter], whose: str
+) -> None:
+    proxy.admin.patch({ROUTE: upstream(greeters("a").peer())})
+    number = getattr(proxy, whose)
+    answer = proxy.admin.site(
+        files_of(proxy, Site((), tcp=(TcpRoute(port, ROUTE), TcpRoute(number, ROUTE))))
+    )
+    assert answer.status == 422
+    assert answer.json()["file"] == f"tcp-{number}.stream"
+    assert greeting(port) == "a"
+    assert request(proxy.http_port).status == 503

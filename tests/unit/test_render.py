@@ -19,12 +19,14 @@ from nginx_syntax import Directive, parse
 
 from agent.config.settings import Settings
 from agent.errors import RenderError
-from agent.model import Host, Location, Site, Tls
+from agent.model import Host, Location, Site, TcpRoute, Tls
 from agent.render import Capabilities, file_name, generation, hosts_of_files, quote, render
 
 DEFAULTS = settings()
 OLD = Capabilities(nginx_version=1_022_001)
 NEW = Capabilities(nginx_version=1_031_001)
+STREAM = Capabilities(nginx_version=1_031_001, features=frozenset({"stream"}))
+OLD_STREAM = Capabilities(nginx_version=1_022_001, features=frozenset({"stream"}))
 CERTIFICATE = Tls("/certs/shop.pem", "/certs/shop.key")
 REPOSITORY = Path(__file__).parents[2]
 
@@ -57,6 +59,14 @@ ONLY_PATHS = Host(
     ),
 )
 EVERYTHING = Site((plain("*.dev.example.com"), ONLY_PATHS, SHOP))
+UNOPENED = Site(
+    (
+        Host("*.raw.example.com", ("default",), (), passthrough="*.raw.example.com/"),
+        Host("bank.example.com", (), (), passthrough="bank.example.com/"),
+        SHOP,
+    ),
+    tcp=(TcpRoute(1883, "tcp/1883"), TcpRoute(5432, "tcp/5432")),
+)
 
 CASES: dict[str, tuple[Site, Settings, Capabilities]] = {
     "empty": (Site(()), DEFAULTS, OLD),
@@ -80,6 +90,10 @@ CASES: dict[str, tuple[Site, Settings, Capabilities]] = {
         NEW,
     ),
     "tls-off": (EVERYTHING, settings(ssl_port=0), OLD),
+    "stream": (UNOPENED, settings(ssl_port=8443, listen_ipv6=True), STREAM),
+    "stream-before-http2-directive": (UNOPENED, DEFAULTS, OLD_STREAM),
+    "stream-missing": (UNOPENED, DEFAULTS, OLD),
+    "stream-tls-off": (UNOPENED, settings(ssl_port=0), STREAM),
 }
 
 
@@ -229,6 +243,30 @@ def test_quoting():
     for bad in ("$host", "a\nb", "\x00", "\x7f"):
         with pytest.raises(RenderError):
             quote(bad)
+
+
+def test_a_build_without_stream_lua_gets_nothing_for_it():
+    files = render(UNOPENED, DEFAULTS, OLD)
+    assert not [name for name in files if name.endswith(".stream")]
+    assert not any("tls.inc" in text or "proxy_protocol" in text for text in files.values())
+
+
+def test_without_passthrough_the_tls_port_is_nginx_s_own():
+    files = render(EVERYTHING, DEFAULTS, STREAM)
+    assert "passthrough.stream" not in files
+    assert "listen 443 ssl;" in files["shop.example.com.conf"]
+
+
+def test_a_host_that_is_passed_on_unopened_has_no_tls_here():
+    host = Host("a.example.com", (), (), tls=CERTIFICATE, passthrough="a.example.com/")
+    assert CERTIFICATE.key not in render(Site((host,)), DEFAULTS, STREAM)["a.example.com.conf"]
+    assert CERTIFICATE.key in render(Site((host,)), DEFAULTS, OLD)["a.example.com.conf"]
+
+
+def test_a_file_of_a_tcp_port_is_known_as_its():
+    assert hosts_of_files(Site((), tcp=(TcpRoute(5432, "tcp/5432"),))) == {
+        "tcp-5432.stream": "tcp port 5432"
+    }
 
 
 # --- templates of the operator
