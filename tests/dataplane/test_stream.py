@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import os
 import shutil
+import signal
 import socket
 import socketserver
 import ssl
@@ -339,6 +341,30 @@ def test_connections_are_counted(proxy: Proxy, port: int, greeters: Callable[...
     assert value("connections_open") == 0
     proxy.admin.patch(remove=[ROUTE])
     wait_until(lambda: tag not in str(proxy.admin.metrics()), what="its series vanish")
+
+
+def test_a_worker_that_is_killed_leaves_the_others_and_its_successor_at_work(
+    proxy: Proxy, port: int, greeters: Callable[..., Greeter]
+) -> None:
+    a, b = greeters("a"), greeters("b")
+    proxy.admin.patch({ROUTE: upstream(a.peer())})
+    before = proxy.workers()
+    for pid in before:
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda gone=pid: gone not in proxy.workers(), what="it is gone")
+    wait_until(lambda: len(proxy.workers() - before) == 2, what="both have successors")
+    proxy.admin.patch({ROUTE: upstream(b.peer())})
+    assert {greeting(port) for _ in range(20)} == {"b"}
+
+
+def test_the_time_outs_of_a_policy_count(
+    proxy: Proxy, port: int, greeters: Callable[..., Greeter]
+) -> None:
+    policy = {"algorithm": "round_robin", "timeouts": {"read": 1, "send": 1}}
+    proxy.admin.patch({ROUTE: {**upstream(greeters("a").peer()), "policy": policy}})
+    connection, name = connect(port)
+    assert name == "a"
+    assert connection.recv(1) == b"", "silent for too long, so it is closed"
 
 
 def test_after_a_restart_it_serves_without_anybodys_help(
