@@ -137,9 +137,9 @@ def tcp_file_name(port: int) -> str:
 
 
 def hosts_of_files(site: Site) -> dict[str, str]:
-    """File name to host name, or `tcp port N`, for each file that is for one of them."""
+    """File name to host name, or `TCP port N`, for each file that is for one of them."""
     hosts = {file_name(host.name): host.name for host in site.hosts}
-    return hosts | {tcp_file_name(route.port): f"tcp port {route.port}" for route in site.tcp}
+    return hosts | {tcp_file_name(route.port): f"TCP port {route.port}" for route in site.tcp}
 
 
 def _names(unopened: Iterable[Host]) -> dict[str, str]:

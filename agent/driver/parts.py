@@ -81,7 +81,7 @@ class Rendered:
 
     Attributes:
         files: name to text, complete.
-        hosts: name of a file to the host, or `tcp port N`, that it is for. Only these can be
+        hosts: name of a file to the host, or `TCP port N`, that it is for. Only these can be
             quarantined: the others are the ground that all hosts stand on.
     """
 

@@ -115,7 +115,7 @@ class Quarantine:
         """A rejection for each refused host."""
         return tuple(
             Rejection(
-                # A host's name has no blank in it; `tcp port N` says by itself what it is.
+                # A host's name has no blank in it; `TCP port N` says by itself what it is.
                 subject=item.host if " " in item.host else f"host {item.host}",
                 reason="host_quarantined",
                 message=f"nginx of {instance} refused its configuration: {item.message}",

@@ -245,7 +245,7 @@ class Worker:
             status, order = self._status, self._order
         if status is None or order is None or STREAM in status.features:
             return ()
-        asked = [(f"tcp port {route.port}", "the TCP route") for route in order.site.tcp] + [
+        asked = [(f"TCP port {route.port}", "the TCP route") for route in order.site.tcp] + [
             (f"host {host.name}", "the passthrough of its TLS")
             for host in order.site.hosts
             if host.passthrough

@@ -348,6 +348,7 @@ def test_a_worker_that_is_killed_leaves_the_others_and_its_successor_at_work(
 ) -> None:
     a, b = greeters("a"), greeters("b")
     proxy.admin.patch({ROUTE: upstream(a.peer())})
+    wait_until(lambda: len(proxy.workers()) == 2, what="those before the route are gone")
     before = proxy.workers()
     for pid in before:
         os.kill(pid, signal.SIGKILL)

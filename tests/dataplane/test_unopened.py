@@ -77,7 +77,7 @@ def test_what_the_build_cannot_do_is_rejected_and_all_else_is_served(
         assert rejections == {}
         assert all(served(port) for port in ports)
     else:
-        wanted = {"host raw.test", *(f"tcp port {port}" for port in ports)}
+        wanted = {"host raw.test", *(f"TCP port {port}" for port in ports)}
         assert set(rejections) == wanted
         for rejection in rejections.values():
             assert rejection.reason == "stream_unavailable"

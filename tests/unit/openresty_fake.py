@@ -212,7 +212,7 @@ class FakeRenderer:
         self.renders += 1
         files = {f"{host.name}.conf": f"{host!r} for {nginx_version}" for host in site.hosts}
         hosts = {f"{host.name}.conf": host.name for host in site.hosts}
-        for name in [f"tcp port {route.port}" for route in site.tcp if self.tcp]:
+        for name in [f"TCP port {route.port}" for route in site.tcp if self.tcp]:
             files[f"{name}.conf"], hosts[f"{name}.conf"] = name, name
         return Rendered(files={"00-ground.conf": self.ground, **files}, hosts=hosts)
 

@@ -660,7 +660,7 @@ def test_what_takes_stream_lua_is_rejected_one_by_one_where_there_is_none(nginx)
     with running(nginx) as rig:
         settle(rig, unopened())
         rejections = {item.subject: item for item in rig.fleet.rejections()}
-    assert set(rejections) == {"host raw", "tcp port 5432"}
+    assert set(rejections) == {"host raw", "TCP port 5432"}
     for rejection in rejections.values():
         assert rejection.reason == "stream_unavailable"
         assert "this build of nginx" in rejection.message
@@ -677,7 +677,7 @@ def test_where_there_is_stream_lua_nothing_is_rejected(nginx):
 
 
 def test_a_refused_tcp_port_is_put_apart_under_its_own_name(nginx):
-    nginx.refuse_site = refuses("tcp port 5432.conf")
+    nginx.refuse_site = refuses("TCP port 5432.conf")
     wanted = unopened()
     with running(nginx) as rig:
         rig.renderer.tcp = True
@@ -685,7 +685,7 @@ def test_a_refused_tcp_port_is_put_apart_under_its_own_name(nginx):
         (subject,) = [
             item.subject for item in rig.fleet.rejections() if item.reason == "host_quarantined"
         ]
-    assert subject == "tcp port 5432"
+    assert subject == "TCP port 5432"
     assert "a.conf" in nginx.files
 
 

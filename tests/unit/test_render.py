@@ -265,7 +265,7 @@ def test_a_host_that_is_passed_on_unopened_has_no_tls_here():
 
 def test_a_file_of_a_tcp_port_is_known_as_its():
     assert hosts_of_files(Site((), tcp=(TcpRoute(5432, "tcp/5432"),))) == {
-        "tcp-5432.stream": "tcp port 5432"
+        "tcp-5432.stream": "TCP port 5432"
     }
 
 

@@ -3,22 +3,23 @@
 -- Why apart from `balancer`: here are no requests, headers or retries after a byte was sent, and a
 -- connection may last for days. The membership is the same, in the same memory (`bridge`), so a
 -- change is in force for connections the moment it is acknowledged; open ones are left alone.
--- Nothing here may use a module that needs the http part.
+-- No module may be loaded here that needs the http part (a test holds the list).
 
 local balancer = require "ngx.balancer"
 local codec = require "tidegate.codec"
 local counters = require "tidegate.tcp_metrics"
 local policies = require "tidegate.policy"
-local round_robin = require "tidegate.pickers.round_robin"
-local store = require "tidegate.store"
 
+local dat = ngx.shared.tidegate_dat
 local ptr = ngx.shared.tidegate_ptr
 
 local byte = string.byte
 local exit = ngx.exit
 local exiting = ngx.worker.exiting
 local get_last_failure = balancer.get_last_failure
+local floor = math.floor
 local huge = math.huge
+local ipairs = ipairs
 local log = math.log
 local md5_bin = ngx.md5_bin
 local min = math.min
@@ -37,6 +38,7 @@ local tonumber = tonumber
 local var = ngx.var
 
 local ERROR = ngx.ERROR
+local GOLDEN = 0.6180339887498949
 local MAX_TRIES = 5
 local DRAIN_GRACE = 1.5     -- a task gets its SIGTERM 2 to 3 s after it is seen draining
 local REFUSING_LIMIT = 3    -- seconds to wait while peers are up that all refuse
@@ -53,17 +55,53 @@ local held, max_held = 0, 4096
 local direct = false
 
 
-local function by_turns(upstream, possible)
-    local picker, count = upstream.picker, upstream.up
-    for _ = 1, min(count, 16) do
-        local index = picker:next()
+-- Peers that are picked from, with the sums of their weights.
+local function group_of(peers, indexes)
+    local sums, total, uniform = {}, 0, true
+    for place, index in ipairs(indexes) do
+        local weight = peers[index].weight
+        total = total + weight
+        sums[place] = total
+        uniform = uniform and weight == peers[indexes[1]].weight
+    end
+    return { indexes = indexes, sums = sums, total = total, uniform = uniform }
+end
+
+
+-- The place in the group whose turn it is: one after the other, or where weights differ a cursor
+-- that advances by the golden ratio over the line of their sums.
+local function next_place(group, turn)
+    if group.uniform then
+        turn.cursor = (turn.cursor + 1) % #group.indexes
+        return turn.cursor + 1
+    end
+    turn.position = (turn.position + GOLDEN) % 1
+    local target, sums = turn.position * group.total, group.sums
+    local low, high = 1, #sums
+    while low < high do
+        local middle = floor((low + high) / 2)
+        if sums[middle] > target then
+            high = middle
+        else
+            low = middle + 1
+        end
+    end
+    return low
+end
+
+
+-- Methods: the index of a possible peer of a group, nil if there is none.
+local function by_turns(upstream, group, possible)
+    local indexes = group.indexes
+    for _ = 1, min(#indexes, 16) do
+        local index = indexes[next_place(group, upstream.turn)]
         if possible(index) then
             return index
         end
     end
-    local start = random(0, count - 1)
-    for step = 0, count - 1 do
-        local index = (start + step) % count
+    local start = random(0, #indexes)
+    for step = 1, #indexes do
+        local index = indexes[(start + step) % #indexes + 1]
         if possible(index) then
             return index
         end
@@ -73,12 +111,12 @@ end
 
 
 -- The possible peer with the highest score; of equal ones any.
-local function best(upstream, possible, score)
+local function best(group, possible, score)
     local found, highest = nil, -huge
-    local count = upstream.up
-    local start = random(0, count - 1)
-    for step = 0, count - 1 do
-        local index = (start + step) % count
+    local indexes = group.indexes
+    local start = random(0, #indexes)
+    for step = 1, #indexes do
+        local index = indexes[(start + step) % #indexes + 1]
         if possible(index) then
             local value = score(index)
             if value > highest then
@@ -102,8 +140,8 @@ local function key_of(upstream, index)
 end
 
 
-local function fewest(upstream, possible)
-    return best(upstream, possible, function(index)
+local function fewest(upstream, group, possible)
+    return best(group, possible, function(index)
         return -((connections[key_of(upstream, index)] or 0) + 1) / upstream.peers[index].weight
     end)
 end
@@ -111,10 +149,10 @@ end
 
 -- Rendezvous hashing: a peer that comes or goes moves its own share of the clients and no other.
 -- It looks at each peer, so it is not for thousands of them; a CRC would not mix well enough.
-local function by_client(upstream, possible)
+local function by_client(upstream, group, possible)
     local client = var.proxy_protocol_addr
     client = client and client ~= "" and client or var.remote_addr
-    return best(upstream, possible, function(index)
+    return best(group, possible, function(index)
         local a, b, c, d = byte(md5_bin(client .. key_of(upstream, index)), 1, 4)
         local point = (((a * 256 + b) * 256 + c) * 256 + d + 1) / 4294967297
         return upstream.peers[index].weight / -log(point)
@@ -122,8 +160,8 @@ local function by_client(upstream, possible)
 end
 
 
-local function in_order(upstream, possible)
-    for index = 0, upstream.up - 1 do
+local function in_order(_, group, possible)
+    for _, index in ipairs(group.indexes) do
         if possible(index) then
             return index
         end
@@ -147,9 +185,10 @@ end
 local function open(blob, number, before)
     local head, peers = codec.head(blob), codec.peers(blob)
     local policy = policies.parse(codec.policy(blob, head))
-    local backups = false
+    local regular, backups = {}, {}
     for index = 0, head.up - 1 do
-        backups = backups or peers[index].backup == 1
+        local list = peers[index].backup == 1 and backups or regular
+        list[#list + 1] = index
     end
     return {
         number = number,
@@ -159,18 +198,29 @@ local function open(blob, number, before)
         draining = head.draining,
         probing = head.probing,
         hold = head.hold,
-        backups = backups,
+        groups = { group_of(peers, regular), group_of(peers, backups) },
+        turn = before and before.turn or { cursor = random(0, 65535), position = random() },
         timeouts = policy.timeouts,
         method = method_of(policy),
         hosts = {},
         keys = {},
-        picker = round_robin.new({
-            peers = peers,
-            count = head.up,
-            uniform = head.uniform == 1,
-            total_weight = head.total_weight,
-        }, before and before.picker),
     }
+end
+
+
+-- The current version of upstream `name`, packed, and its number; see `tidegate.store`.
+local function read(name)
+    for _ = 1, 5 do
+        local number = ptr:get(name)
+        if not number or number == 0 then
+            return nil
+        end
+        local blob = dat:get("\1" .. name .. "\1" .. number)
+        if blob then
+            return blob, number
+        end
+    end
+    return nil
 end
 
 
@@ -180,7 +230,7 @@ local function lookup(name)
         return upstream
     end
     local blob
-    blob, number = store.get(name)
+    blob, number = read(name)
     upstream = blob and open(blob, number, upstream) or nil
     known[name] = upstream
     return upstream
@@ -198,25 +248,18 @@ end
 -- being probed, where nothing else is to be hoped for. `fresh` leaves out those that failed.
 local function choose(upstream, tried, fresh)
     local at, peers = now(), upstream.peers
-    local backup = false
     local function possible(index)
-        return (not upstream.backups or (peers[index].backup == 1) == backup)
-            and not (tried and tried[key_of(upstream, index)])
+        return not (tried and tried[key_of(upstream, index)])
             and not (fresh and is_ejected(upstream, index, at))
     end
     local index
-    if upstream.up > 0 then
-        index = upstream.method(upstream, possible)
-        if not index and upstream.backups then
-            backup = true
-            index = upstream.method(upstream, possible)
-        end
+    for _, group in ipairs(upstream.groups) do
+        index = index or #group.indexes > 0 and upstream.method(upstream, group, possible) or nil
     end
     local function find_other(first, count, not_before)
         local start = random(0, count)
         for step = 0, count - 1 do
             local other = first + (start + step) % count
-            backup = peers[other].backup == 1
             if peers[other].since > not_before and possible(other) then
                 return other
             end
@@ -348,7 +391,7 @@ end
 
 
 local function exists(name)
-    return store.number(name) ~= nil
+    return (ptr:get(name) or 0) ~= 0
 end
 
 
