@@ -19,7 +19,7 @@ def test_luacheck_finds_nothing() -> None:
 
 
 STREAM_PART = {"stream", "bridge", "tcp", "tcp_metrics", "codec", "policy", "json", "posix"}
-"""Modules that may be loaded where there are no requests, no phases of http and no dicts of its own.
+"""Modules that may be loaded where there are no requests and no dicts but those of the http part.
 
 What is added here has to be tried on a build with Lua in its stream part (docs/testing.md)."""
 
