@@ -20,7 +20,7 @@ from agent.discovery import build_sources
 from agent.discovery.classic_nodes import is_classic, nodes_of
 from agent.discovery.docker_api import Connector, read
 from agent.discovery.swarm_watch import opener
-from agent.driver.openresty import Token, connector
+from agent.driver.openresty import Build, Token, connector
 from agent.driver.parts import AdminClient
 from agent.driver.targets import Target, targets
 from agent.errors import (
@@ -167,7 +167,7 @@ def _templates(settings: Settings) -> Iterator[Finding]:
     if not path:
         return
     try:
-        SiteRenderer(settings).render(Site(()), 0, frozenset())
+        SiteRenderer(settings).render(Site(()), Build())
     except RenderError as error:
         yield Finding(Level.FAILED, "templates", str(error), "Mend the template; see docs.")
     else:

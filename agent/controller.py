@@ -22,7 +22,7 @@ from agent.compile import Compiler
 from agent.config.settings import Settings
 from agent.discovery.base import Observer, Source, SourceStatus
 from agent.driver.fleet import Fleet, InstanceState, InstanceView, Options
-from agent.driver.openresty import connector
+from agent.driver.openresty import Build, connector
 from agent.driver.parts import Rendered
 from agent.driver.targets import Target, targets
 from agent.errors import SettingsError
@@ -49,13 +49,10 @@ class SiteRenderer:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
-    def render(self, site: Site, nginx_version: int, features: frozenset[str]) -> Rendered:
-        """The files for an nginx of that version and with these features. Raises RenderError."""
-        capabilities = (
-            render.Capabilities(nginx_version=nginx_version, features=features)
-            if nginx_version
-            else render.Capabilities(features=features)
-        )
+    def render(self, site: Site, build: Build) -> Rendered:
+        """The files for that nginx. Raises RenderError."""
+        known = build.nginx_version or render.Capabilities().nginx_version
+        capabilities = render.Capabilities(nginx_version=known, features=build.features)
         return Rendered(
             files=render.render(site, self._settings, capabilities),
             hosts=render.hosts_of_files(site),

@@ -47,14 +47,27 @@ SITE_TIMEOUT = 150.0
 
 
 @dataclass(frozen=True, slots=True)
+class Build:
+    """What an instance's nginx is, as far as its configuration depends on it.
+
+    Attributes:
+        nginx_version: as nginx counts it: 1022001 is 1.22.1; 0 if unknown.
+        features: what it was built with: `http_v2`, `http_v3`, `stream_ssl_preread` …; `stream`
+            where it can pass connections on unopened.
+    """
+
+    nginx_version: int = 0
+    features: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """Answer of `GET /v1/status`.
 
     Attributes:
         instance: id of the running OpenResty, new at each start.
         source: where its membership came from: "push", "disk" or "none".
-        nginx_version: as nginx counts it: 1022001 is 1.22.1.
-        features: what it can do that not every build can: `stream`.
+        build: what its nginx is.
     """
 
     instance: str
@@ -65,8 +78,7 @@ class Status:
     upstreams: int = 0
     peers: int = 0
     source: str = ""
-    nginx_version: int = 0
-    features: frozenset[str] = frozenset()
+    build: Build = Build()
     versions: Mapping[str, str] = field(default_factory=dict)
     dict_capacity: int = 0
     dict_free: int = 0
@@ -387,8 +399,10 @@ def _status(answer: Mapping[str, Any]) -> Status:
             upstreams=int(answer.get("upstreams") or 0),
             peers=int(answer.get("peers") or 0),
             source=str(answer.get("source") or ""),
-            nginx_version=int(answer.get("nginx_version") or 0),
-            features=frozenset(str(item) for item in answer.get("features") or ()),
+            build=Build(
+                nginx_version=int(answer.get("nginx_version") or 0),
+                features=frozenset(str(item) for item in answer.get("features") or ()),
+            ),
             versions={str(k): str(v) for k, v in (answer.get("versions") or {}).items()},
             dict_capacity=int(room.get("capacity_bytes") or 0),
             dict_free=int(room.get("free_bytes") or 0),

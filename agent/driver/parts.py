@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
 
-from agent.driver.openresty import Status
+from agent.driver.openresty import Build, Status
 from agent.driver.targets import Target
 from agent.model import Membership, Site, Upstream
 
@@ -92,8 +92,8 @@ class Rendered:
 class Renderer(Protocol):
     """How a site becomes files; pure."""
 
-    def render(self, site: Site, nginx_version: int, features: frozenset[str]) -> Rendered:
-        """The files for an nginx of that version and with these features. Raises RenderError."""
+    def render(self, site: Site, build: Build) -> Rendered:
+        """The files for that nginx. Raises RenderError."""
 
     def generation(self, files: Mapping[str, str]) -> str:
         """The generation that these files are."""

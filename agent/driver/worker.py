@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from agent.driver.openresty import Status, version_of
+from agent.driver.openresty import Build, Status, version_of
 from agent.driver.parts import (
     AdminClient,
     Backoff,
@@ -243,7 +243,7 @@ class Worker:
         """What was asked for and takes a module that the instance's nginx lacks."""
         with self._changed:
             status, order = self._status, self._order
-        if status is None or order is None or STREAM in status.features:
+        if status is None or order is None or STREAM in status.build.features:
             return ()
         asked = [(f"TCP port {route.port}", "the TCP route") for route in order.site.tcp] + [
             (f"host {host.name}", "the passthrough of its TLS")
@@ -302,14 +302,12 @@ class Worker:
         with self._changed:
             return self._site_retry_at if self._site_error else self.quarantine.due_at()
 
-    def begin_site(self) -> tuple[int, frozenset[str], str, Connect]:
-        """A push of the site begins; returns version, features, generation, the client's maker."""
+    def begin_site(self) -> tuple[Build, str, Connect]:
+        """A push of the site begins; returns the nginx, generation and the client's maker."""
         with self._changed:
             self._rolling = True
-            status = self._status
-            version = status.nginx_version if status else 0
-            features = status.features if status else frozenset()
-            return version, features, self._generation, self._connect
+            build = self._status.build if self._status else Build()
+            return build, self._generation, self._connect
 
     def end_site(self, site: Site | None, generation: str, error: TidegateError | None) -> None:
         """A push of the site has ended.

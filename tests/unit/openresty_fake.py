@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-from agent.driver.openresty import Status, version_of
+from agent.driver.openresty import Build, Status, version_of
 from agent.driver.parts import Rendered
 from agent.errors import (
     InstanceBusy,
@@ -107,8 +107,7 @@ class FakeClient:
                 generation=s.generation,
                 writer=s.writer,
                 upstreams=len(s.membership.upstreams),
-                nginx_version=s.nginx_version,
-                features=s.features,
+                build=Build(nginx_version=s.nginx_version, features=s.features),
                 dict_capacity=s.dict_capacity,
                 dict_free=s.dict_free,
             )
@@ -206,11 +205,9 @@ class FakeRenderer:
         self.tcp = False
         self.renders = 0
 
-    def render(
-        self, site: Site, nginx_version: int, features: frozenset[str] = frozenset()
-    ) -> Rendered:
+    def render(self, site: Site, build: Build) -> Rendered:
         self.renders += 1
-        files = {f"{host.name}.conf": f"{host!r} for {nginx_version}" for host in site.hosts}
+        files = {f"{host.name}.conf": f"{host!r} for {build.nginx_version}" for host in site.hosts}
         hosts = {f"{host.name}.conf": host.name for host in site.hosts}
         for name in [f"TCP port {route.port}" for route in site.tcp if self.tcp]:
             files[f"{name}.conf"], hosts[f"{name}.conf"] = name, name
