@@ -257,6 +257,7 @@ def split(upsert: Mapping[str, Upstream]) -> list[dict[str, Upstream]]:
 
 def named(site: Site) -> Iterator[str]:
     """Upstreams that a site names."""
+    yield from (location.upstream for location in site.default)
     for host in site.hosts:
         yield from (location.upstream for location in host.locations)
         if host.passthrough:
