@@ -38,6 +38,7 @@ from agent.model import (
     Rejection,
     Snapshot,
     SourceSnapshot,
+    TcpRoute,
     Upstream,
     Workload,
     WorkloadKind,
@@ -414,12 +415,9 @@ class _Teller:
             if rejection.subject == subject and rejection.source == workload.key.source
         ]
 
-    def _refused_parts(self, *parts: Host | Location) -> tuple[list[Step], bool]:
-        """What OpenResty says of these hosts and locations, and whether it refused one of them."""
-        subjects = [
-            f"host {part.name}" if isinstance(part, Host) else f"upstream {part.upstream}"
-            for part in parts
-        ]
+    def _refused_parts(self, *parts: Host | Location | TcpRoute) -> tuple[list[Step], bool]:
+        """What OpenResty says of these parts of the site, and whether it refused one of them."""
+        subjects = [subject for part in parts for subject in _subjects(part)]
         found = [item for item in self._refusals if item.subject in subjects]
         return [_refusal(item) for item in found], not all(item.served for item in found)
 
@@ -485,8 +483,9 @@ class _Teller:
         upstream = f"{name}{root}"
         if default is not None and default.upstream == upstream:
             return _Place(told(name, root), upstream, (default,))
-        if any(route.upstream == upstream for route in site.tcp):
-            return _Place(told(name), upstream)
+        for tcp in site.tcp:
+            if tcp.upstream == upstream:
+                return _Place(told(name), upstream, (tcp,))
         return None
 
     def _share(self, name: str, ours: set[str]) -> tuple[str, list[Peer]]:
@@ -559,7 +558,7 @@ class _Place:
 
     text: str
     upstream: str
-    parts: tuple[Host | Location, ...] = ()
+    parts: tuple[Host | Location | TcpRoute, ...] = ()
 
 
 def _share_of(canary: Canary) -> str:
@@ -582,6 +581,14 @@ def _refusal(rejection: Rejection) -> Step:
     serves = rejection.served or rejection.reason == Reason.LABEL_IGNORED
     outcome = Outcome.NOTE if serves else Outcome.FAILED
     return Step(outcome, f"{rejection.reason}: {rejection.message}", rejection.hint)
+
+
+def _subjects(part: Host | Location | TcpRoute) -> tuple[str, ...]:
+    """Under which subjects an instance refuses a part of the site."""
+    if isinstance(part, Host):
+        return (f"host {part.name}",)
+    upstream = f"upstream {part.upstream}"
+    return (f"TCP port {part.port}", upstream) if isinstance(part, TcpRoute) else (upstream,)
 
 
 def _place_in_site(name: str, host: Host) -> Step:

@@ -33,7 +33,12 @@ from agent.model import (
     Upstream,
 )
 
-REFUSALS = certificates.REASONS | {"host_quarantined", "upstream_refused", "http3_unavailable"}
+REFUSALS = certificates.REASONS | {
+    "host_quarantined",
+    "upstream_refused",
+    "http3_unavailable",
+    "stream_unavailable",
+}
 """Reasons of what OpenResty refused: no compilation, only the agent that pushed knows of these."""
 
 

@@ -52,7 +52,8 @@ class Build:
 
     Attributes:
         nginx_version: as nginx counts it: 1022001 is 1.22.1; 0 if unknown.
-        features: what it was built with: `http_v2`, `http_v3`, `stream_ssl_preread` …
+        features: what it was built with: `http_v2`, `http_v3`, `stream_ssl_preread` …; `stream`
+            where it can pass connections on unopened.
     """
 
     nginx_version: int = 0

@@ -29,7 +29,10 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 ROOT = Path(__file__).resolve().parents[2]
-ENTRYPOINT = ROOT / "nginx" / "entrypoint.sh"
+HOME = ROOT / "nginx"
+ENTRYPOINT = HOME / "entrypoint.sh"
+TEST_NGINX = os.environ.get("TIDEGATE_TEST_NGINX", "")
+"""Binary to test instead of the one that is installed; empty for that one."""
 WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
 T = TypeVar("T")
@@ -203,6 +206,7 @@ class Proxy:
     Args:
         directory: where its run and state directories go.
         env: further settings of the entry point.
+        home: where the entry point and the static configuration are.
     """
 
     def __init__(
@@ -212,8 +216,10 @@ class Proxy:
         workers: int = 2,
         token: str = "",
         env: Mapping[str, str] | None = None,
+        home: Path = HOME,
     ) -> None:
         self.directory = directory
+        self.home = home
         self.http_port = free_port()
         self.admin_port = free_port()
         self.run_dir = directory / "run"
@@ -228,6 +234,7 @@ class Proxy:
             "TIDEGATE_ADMIN_TOKEN": token,
             "TIDEGATE_HTTP_PORT": str(self.http_port),
             "TIDEGATE_WORKERS": str(workers),
+            "TIDEGATE_NGINX": TEST_NGINX,
             **(env or {}),
         }
         self._process: subprocess.Popen[bytes] | None = None
@@ -249,7 +256,7 @@ class Proxy:
         self.directory.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                ["sh", str(ENTRYPOINT)],
+                ["sh", str(self.home / "entrypoint.sh")],
                 env={**os.environ, **self.env},
                 stdout=log,
                 stderr=log,
@@ -684,10 +691,24 @@ class Load:
             writer.close()
 
 
+def nginx_has_stream_lua() -> bool:
+    """Whether the nginx that is tested has Lua in its stream part."""
+    binary = TEST_NGINX or (
+        "/usr/local/openresty/bin/openresty"
+        if Path("/usr/local/openresty/bin/openresty").exists()
+        else shutil.which("openresty") or shutil.which("nginx") or ""
+    )
+    if not binary:
+        return False
+    built = subprocess.run([binary, "-V"], capture_output=True, text=True, timeout=30).stderr
+    return "stream_lua" in built or "stream-lua-nginx-module" in built
+
+
 def nginx_is_installed() -> bool:
     """Whether this machine has nginx with Lua, or OpenResty."""
     return bool(
-        shutil.which("openresty")
+        TEST_NGINX
+        or shutil.which("openresty")
         or Path("/usr/local/openresty/bin/openresty").exists()
         or Path("/usr/lib/nginx/modules/ngx_http_lua_module.so").exists()
     )

@@ -28,6 +28,7 @@ from tests.dataplane.harness import (
     Proxy,
     backends,
     free_port,
+    nginx_has_stream_lua,
     nginx_is_installed,
     request,
     wait_until,
@@ -553,3 +554,30 @@ def test_an_agent_with_a_hundred_services_stays_small_and_idle(proxy, start):
         )
         print(f"resident: {resident / 1e6:.0f} MB")
         assert resident < 120e6
+
+
+def test_a_label_s_tcp_port_is_served_where_the_build_can_and_told_of_where_it_cannot(
+    proxy, start, backend
+):
+    agent, port = start(), free_port()
+    agent.write(
+        service("app.test", backend),
+        service("tcp.test", backend, labels={"interlock.tcp_port": str(port)}),
+    )
+    agent.start()
+    agent.wait_in_sync()
+    assert serving(proxy, "app.test") == {"b0"}
+    reasons = {item["subject"]: item["reason"] for item in agent.state()["rejections"]}
+    if nginx_has_stream_lua():
+        assert reasons == {}
+        assert request(port, host="whatever").text == "b0"
+        with backends(1) as (other,):
+            agent.write(
+                service("app.test", backend),
+                service("tcp.test", other, labels={"interlock.tcp_port": str(port)}),
+            )
+            wait_until(lambda: request(port).status == 200 and other.requests, what="moved")
+    else:
+        assert reasons == {f"TCP port {port}": "stream_unavailable"}
+        told = agent.command("explain", "tcp", "-c", str(agent.config))
+        assert "stream_unavailable" in told.stdout, told.stdout

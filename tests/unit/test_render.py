@@ -28,6 +28,7 @@ from agent.model import (
     Protocol,
     Redirect,
     Site,
+    TcpRoute,
     Tls,
     VerifyClient,
 )
@@ -45,6 +46,8 @@ from agent.render import directive as raw_directive
 DEFAULTS = settings()
 OLD = Capabilities(nginx_version=1_022_001)
 NEW = Capabilities(nginx_version=1_031_001)
+STREAM = Capabilities(nginx_version=1_031_001, features=frozenset({"stream"}))
+OLD_STREAM = Capabilities(nginx_version=1_022_001, features=frozenset({"stream"}))
 CERTIFICATE = Tls("/certs/shop.pem", "/certs/shop.key")
 REPOSITORY = Path(__file__).parents[2]
 
@@ -101,6 +104,14 @@ FRONT = Site(
     default=(Location("/", "default/"), Location("/legacy", "default/legacy", rewrite=True)),
 )
 EVERYTHING = Site((plain("*.dev.example.com"), ONLY_PATHS, SHOP))
+UNOPENED = Site(
+    (
+        Host("*.raw.example.com", ("default",), (), passthrough="*.raw.example.com/"),
+        Host("bank.example.com", (), (), passthrough="bank.example.com/"),
+        SHOP,
+    ),
+    tcp=(TcpRoute(1883, "tcp/1883"), TcpRoute(5432, "tcp/5432")),
+)
 
 SECURE = Host(
     name="secure.example.com",
@@ -182,6 +193,10 @@ CASES: dict[str, tuple[Site, Settings, Capabilities]] = {
     ),
     "proxy-protocol-of-anybody": (Site((plain(),)), settings(proxy_protocol=True), OLD),
     "tls-off": (EVERYTHING, settings(ssl_port=0), OLD),
+    "stream": (UNOPENED, settings(ssl_port=8443, listen_ipv6=True), STREAM),
+    "stream-before-http2-directive": (UNOPENED, DEFAULTS, OLD_STREAM),
+    "stream-missing": (UNOPENED, DEFAULTS, OLD),
+    "stream-tls-off": (UNOPENED, settings(ssl_port=0), STREAM),
 }
 
 
@@ -439,6 +454,30 @@ def test_more_or_less_than_one_directive_is_not_written(text):
         raw_directive(text)
     with pytest.raises(RenderError):
         render(Site((Host("a", (), (Location("/", "a/", directives=(text,)),)),)), DEFAULTS, OLD)
+
+
+def test_a_build_without_stream_lua_gets_nothing_for_it():
+    files = render(UNOPENED, DEFAULTS, OLD)
+    assert not [name for name in files if name.endswith(".stream")]
+    assert not any("tls.inc" in text or "proxy_protocol" in text for text in files.values())
+
+
+def test_without_passthrough_the_tls_port_is_nginx_s_own():
+    files = render(EVERYTHING, DEFAULTS, STREAM)
+    assert "passthrough.stream" not in files
+    assert "listen 443 ssl;" in files["shop.example.com.conf"]
+
+
+def test_a_host_that_is_passed_on_unopened_has_no_tls_here():
+    host = Host("a.example.com", (), (), tls=CERTIFICATE, passthrough="a.example.com/")
+    assert CERTIFICATE.key not in render(Site((host,)), DEFAULTS, STREAM)["a.example.com.conf"]
+    assert CERTIFICATE.key in render(Site((host,)), DEFAULTS, OLD)["a.example.com.conf"]
+
+
+def test_a_file_of_a_tcp_port_is_known_as_its():
+    assert hosts_of_files(Site((), tcp=(TcpRoute(5432, "tcp/5432"),))) == {
+        "tcp-5432.stream": "TCP port 5432"
+    }
 
 
 # --- templates of the operator

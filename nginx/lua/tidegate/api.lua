@@ -173,6 +173,19 @@ local function take_lease(writer)
 end
 
 
+-- What this build can do that not every build can; a part that works has noted it itself.
+local function features()
+    local list = json.array()
+    for index, name in ipairs(settings.features) do
+        list[index] = name
+    end
+    if ctl:get("stream") then
+        list[#list + 1] = "stream"
+    end
+    return list
+end
+
+
 local function get_status()
     local summary = store.summary()
     local writer, expires_in = lease.holder()
@@ -196,7 +209,7 @@ local function get_status()
             ngx_lua = floor(lua / 1000000) .. "." .. floor(lua / 1000) % 1000 .. "." .. lua % 1000,
         },
         nginx_version = version,
-        features = json.array(settings.features),
+        features = features(),
         certificates_serial = certificates.serial(),
         workers = ngx.worker.count(),
         master_pid = process.get_master_pid(),
@@ -354,6 +367,14 @@ local function get_site()
 end
 
 
+-- Whether a file of a site may have this name: `.stream` is for nginx's stream part.
+local function is_file_name(name)
+    return type(name) == "string" and #name <= 255
+        and (find(name, "^[a-z0-9_][a-z0-9._-]*%.conf$")
+             or find(name, "^[a-z0-9_][a-z0-9._-]*%.stream$")) ~= nil
+end
+
+
 local function put_site()
     local body = read_object()
     if not body or not take_lease(body.writer) then
@@ -369,12 +390,11 @@ local function put_site()
     else
         for name, text in pairs(body.files) do
             local shown = tostring(name)
-            if type(name) ~= "string" or #name > 255
-                    or not find(name, "^[a-z0-9_][a-z0-9._-]*%.conf$") then
+            if not is_file_name(name) then
                 errors[#errors + 1] = {
                     field = "files",
                     message = "has the name " .. sub(shown, 1, 80)
-                        .. "; expected [a-z0-9_][a-z0-9._-]*.conf",
+                        .. "; expected [a-z0-9_][a-z0-9._-]*.conf or .stream",
                 }
             elseif type(text) ~= "string" or find(text, "%z") then
                 errors[#errors + 1] = { field = "files." .. shown, message = "expected text" }

@@ -2,6 +2,7 @@
 
 local api = require "tidegate.api"
 local balancer = require "tidegate.balancer"
+local bridge = require "tidegate.bridge"
 local certificates = require "tidegate.certificates"
 local checks = require "tidegate.checks"
 local health = require "tidegate.health"
@@ -31,6 +32,8 @@ local ERRORS = { 500, 502, 503, 504 }
 
 local _M = { version = "0.1.0" }
 
+local has_stream = false
+
 
 local function random_id()
     local file = io.open("/dev/urandom", "rb")
@@ -59,7 +62,8 @@ end
 
 --- Body of `init_by_lua`: runs in the master at each load of the configuration.
 -- @param options `{run, state, binary, features, untrusted, ca_bundle, token_file,
---   session_secret_file, lease_ttl, max_held, error_page, error_pages, status_password_file}`
+--   session_secret_file, lease_ttl, max_held, error_page, error_pages, status_password_file,
+--   stream}`
 function _M.start(options)
     math.randomseed(ngx.time() * 1000 + ngx.worker.pid())
     load.configure()
@@ -85,6 +89,7 @@ function _M.start(options)
         features = options.features,
     })
     hold.set_limit(options.max_held)
+    has_stream = options.stream
     local page, err = posix.read(options.error_page)
     if page then
         hold.set_page(page)
@@ -124,6 +129,9 @@ function _M.start_worker()
     load.start_worker()
     site.worker_started()
     every(1, guarded("counting load", load.sweep))
+    if has_stream then
+        bridge.publish(ctl:get("instance"))
+    end
     -- Each second, so that a worker that dies leaves nothing undone for long.
     every(1, guarded("counting", metrics.flush))
     every(1, guarded("probing", probe.start_all))

@@ -10,6 +10,7 @@ local ffi = require "ffi"
 local load = require "tidegate.load"
 local get_request = require("resty.core.base").get_request
 local store = require "tidegate.store"
+local tcp_metrics = require "tidegate.tcp_metrics"
 
 local ctl = ngx.shared.tidegate_ctl
 local met = ngx.shared.tidegate_metrics
@@ -242,6 +243,7 @@ function _M.forget(names)
         for place = 0, SIZE - 1 do
             met:delete(name .. "\1" .. place)
         end
+        tcp_metrics.forget(name)
         store.breathe()
     end
 end
@@ -264,7 +266,8 @@ end
 local function inflight_by_name()
     local sums = {}
     for _, pid in ipairs(inflight:get_keys(0)) do
-        for name, count in gmatch(inflight:get(pid) or "", "(.-)\1(%d+)\2") do
+        local text = tonumber(pid) and inflight:get(pid) or ""
+        for name, count in gmatch(text, "(.-)\1(%d+)\2") do
             sums[name] = (sums[name] or 0) + tonumber(count)
         end
     end
@@ -328,12 +331,18 @@ end
 
 
 -- One upstream's lines, by family. What is 0 is left out, but for the peers that are up.
-local function upstream_lines(families, name, busy, counts_of)
+local function upstream_lines(families, name, busy, open, counts_of)
     local tag = 'upstream="' .. label(name) .. '"'
     counter_lines(families, name, tag)
     if busy then
         add_line(families, "requests_in_flight", tag, busy)
     end
+    if open then
+        add_line(families, "tcp_connections_open", tag, open)
+    end
+    tcp_metrics.each(name, function(family, labels, amount)
+        add_line(families, family, tag .. labels, amount)
+    end)
     local blob = name ~= "" and store.get(name)
     if blob then
         local counts, circuit = counts_of(name, blob)
@@ -373,6 +382,9 @@ local UPSTREAM_FAMILIES = {
     { "circuit_state", "gauge", "1 for the state of the circuit, where there is one." },
     { "peers", "gauge", "Peers by state; idle ones have weight 0 or another's address." },
 }
+for _, family in ipairs(tcp_metrics.families) do
+    UPSTREAM_FAMILIES[#UPSTREAM_FAMILIES + 1] = family
+end
 
 
 --- Prints all metrics in Prometheus' text format. May yield.
@@ -380,7 +392,7 @@ local UPSTREAM_FAMILIES = {
 --   name and value), nginx = {name = count}}`
 function _M.print(facts)
     _M.flush()
-    local busy, families = inflight_by_name(), {}
+    local busy, open, families = inflight_by_name(), tcp_metrics.open_by_name(), {}
     for _, family in ipairs(UPSTREAM_FAMILIES) do
         families[family[1]] = {}
     end
@@ -390,7 +402,7 @@ function _M.print(facts)
     end
     table.sort(names)
     for _, name in ipairs(names) do
-        upstream_lines(families, name, busy[name], facts.counts)
+        upstream_lines(families, name, busy[name], open[name], facts.counts)
         store.breathe()
     end
     for _, family in ipairs(UPSTREAM_FAMILIES) do
