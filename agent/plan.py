@@ -23,6 +23,7 @@ from agent.model import (
     Location,
     Membership,
     Peer,
+    Policy,
     Rejection,
     Site,
     Upstream,
@@ -330,11 +331,15 @@ def _change(before: Upstream | None, after: Upstream) -> UpstreamChange:
         elif old[key] != new[key]:
             found.append(f"~ {_peer(old[key])} -> {_peer(new[key])}")
     if before.policy != after.policy:
-        old_policy, new_policy = policies.to_json(before.policy), policies.to_json(after.policy)
-        found.append(f"~ policy {json.dumps(old_policy)} -> {json.dumps(new_policy)}")
+        found.append(f"~ policy {_policy(before.policy)} -> {_policy(after.policy)}")
     if before.hold != after.hold:
         found.append(f"~ hold {before.hold:g} s -> {after.hold:g} s")
     return UpstreamChange(after.name, "changed", tuple(found))
+
+
+def _policy(policy: Policy) -> str:
+    rest = {key: value for key, value in policies.to_json(policy).items() if key != "algorithm"}
+    return f"{policy.algorithm} {json.dumps(rest)}" if rest else str(policy.algorithm)
 
 
 def _peer(peer: Peer) -> str:

@@ -7,6 +7,7 @@ push follows from which state is the fleet's business.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -135,6 +136,19 @@ class Instance:
             upstreams = {name: decode(name, item) for name, item in answer["upstreams"].items()}
             return int(answer["revision"]), Membership(upstreams)
 
+    def versions(self) -> tuple[int, Mapping[str, str]]:
+        """Its revision, and the version of each upstream; empty where none was pushed with it."""
+        answer = self._call("GET", "/v1/versions")
+        with _understood("GET /v1/versions"):
+            return int(answer["revision"]), dict(answer["versions"])
+
+    def upstream(self, name: str) -> Upstream:
+        """One upstream that it holds."""
+        path = f"/v1/membership/{quote(name, safe='')}"
+        answer = self._call("GET", path)
+        with _understood(f"GET {path}"):
+            return decode(name, answer)
+
     def patch(
         self,
         *,
@@ -154,22 +168,25 @@ class Instance:
         self._call(
             "PATCH",
             "/v1/membership",
-            {
-                "writer": writer,
-                "base_revision": base_revision,
-                "revision": revision,
-                "upsert": {name: encode(upstream) for name, upstream in upsert.items()},
-                "remove": list(remove),
-            },
+            _object(
+                writer=_json(writer),
+                base_revision=str(base_revision),
+                revision=str(revision),
+                upsert=_upstreams(upsert),
+                remove=_json(list(remove)),
+            ),
         )
 
     def put(self, *, writer: str, revision: int, membership: Membership) -> None:
         """Replace all upstreams; raises as `patch` does."""
-        upstreams = {name: encode(item) for name, item in membership.upstreams.items()}
         self._call(
             "PUT",
             "/v1/membership",
-            {"writer": writer, "revision": revision, "upstreams": upstreams},
+            _object(
+                writer=_json(writer),
+                revision=str(revision),
+                upstreams=_upstreams(membership.upstreams),
+            ),
         )
 
     def site(self) -> Mapping[str, str]:
@@ -191,29 +208,29 @@ class Instance:
         answer = self._call(
             "PUT",
             "/v1/site",
-            {"writer": writer, "generation": generation, "files": dict(files)},
+            _json({"writer": writer, "generation": generation, "files": dict(files)}),
             timeout=max(self._settings.timeout, SITE_TIMEOUT),
         )
         return answer.get("reloaded") is True
 
     def renew(self, writer: str) -> float:
         """Take or renew the writer lease; returns for how many seconds. Raises LeaseHeld."""
-        answer = self._call("POST", "/v1/lease", {"writer": writer})
+        answer = self._call("POST", "/v1/lease", _json({"writer": writer}))
         return _number(answer.get("expires_in"))
 
     def release(self, writer: str) -> None:
         """Give the writer lease up."""
-        self._call("DELETE", "/v1/lease", {"writer": writer})
+        self._call("DELETE", "/v1/lease", _json({"writer": writer}))
 
     def close(self) -> None:
         """Close the connection."""
         self._session.close()
 
     def _call(
-        self, method: str, path: str, body: object = None, *, timeout: float | None = None
+        self, method: str, path: str, body: str | None = None, *, timeout: float | None = None
     ) -> dict[str, Any]:
         """One call, at the URL that answered last, else at each until one answers."""
-        data = None if body is None else json.dumps(body, separators=(",", ":")).encode()
+        data = None if body is None else body.encode()
         token = self._token.read()
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         if data is not None:
@@ -288,26 +305,44 @@ def connector(settings: OpenResty) -> Callable[[Target], Instance]:
     return lambda target: Instance(target, settings, token)
 
 
-def encode(upstream: Upstream) -> dict[str, object]:
-    """An upstream as it goes over the wire."""
-    return {
-        "policy": policies.to_json(upstream.policy),
-        "hold": upstream.hold,
-        "peers": [_peer_to_wire(peer) for peer in upstream.peers],
-    }
+def _json(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
-def _peer_to_wire(peer: Peer) -> dict[str, object]:
-    item: dict[str, object] = {
-        "id": peer.id,
-        "address": peer.address,
-        "port": peer.port,
-        "weight": peer.weight,
-        "state": peer.state.value,
-    }
-    if peer.backup:
-        item["backup"] = True
-    return item
+def _object(**members: str) -> str:
+    """A JSON object of members that are JSON already."""
+    return "{" + ",".join(f'"{name}":{text}' for name, text in members.items()) + "}"
+
+
+def _upstreams(upstreams: Mapping[str, Upstream]) -> str:
+    items = (f"{_json(name)}:{encode(upstream)}" for name, upstream in upstreams.items())
+    return "{" + ",".join(items) + "}"
+
+
+def encode(upstream: Upstream) -> str:
+    """An upstream as it goes over the wire, with its version."""
+    members = _members(upstream)
+    return f'{{{members},"version":"{_digest(members)}"}}'
+
+
+def version_of(upstream: Upstream) -> str:
+    """What an instance calls an upstream that was pushed to it exactly like this."""
+    return _digest(_members(upstream))
+
+
+def _digest(members: str) -> str:
+    return hashlib.blake2b(members.encode(), digest_size=12).hexdigest()
+
+
+def _members(upstream: Upstream) -> str:
+    peers = ",".join(
+        f'{{"id":{_json(peer.id)},"address":"{peer.address}","port":{peer.port},'
+        f'"weight":{peer.weight},"state":"{peer.state.value}"'
+        + (',"backup":true}' if peer.backup else "}")
+        for peer in upstream.peers
+    )
+    policy = _json(policies.to_json(upstream.policy))
+    return f'"policy":{policy},"hold":{upstream.hold!r},"peers":[{peers}]'
 
 
 _PEER_STATES = {state.value: state for state in PeerState}

@@ -9,13 +9,13 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
 
 from agent.driver.openresty import Status
 from agent.driver.targets import Target
-from agent.model import Membership, Peer, Site, Upstream
+from agent.model import Membership, Site, Upstream
 
 
 class AdminClient(Protocol):
@@ -30,6 +30,12 @@ class AdminClient(Protocol):
 
     def membership(self) -> tuple[int, Membership]:
         """Its revision and membership."""
+
+    def versions(self) -> tuple[int, Mapping[str, str]]:
+        """Its revision, and what `version_of` gave for each upstream when it was pushed."""
+
+    def upstream(self, name: str) -> Upstream:
+        """One of its upstreams."""
 
     def patch(
         self,
@@ -62,6 +68,11 @@ class AdminClient(Protocol):
 
 
 Connect = Callable[[Target], AdminClient]
+
+PART_WEIGHT = 6_000
+"""Peers in one push, more or less: some 600 kB of JSON and 50 ms of one worker's time."""
+UPSTREAM_WEIGHT = 2
+"""What an upstream costs by itself, in peers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,14 +242,17 @@ def diff(before: Membership, after: Membership) -> tuple[dict[str, Upstream], tu
     return upsert, tuple(sorted(old.keys() - new.keys()))
 
 
-def shared(found: Membership, wanted: Membership) -> Membership:
-    """`found` with each upstream that equals the wanted one replaced by that very object."""
-    return Membership(
-        {
-            name: same if (same := wanted.upstreams.get(name)) == upstream and same else upstream
-            for name, upstream in found.upstreams.items()
-        }
-    )
+def split(upsert: Mapping[str, Upstream]) -> list[dict[str, Upstream]]:
+    """A change in parts, each small enough to be applied without keeping requests waiting."""
+    parts: list[dict[str, Upstream]] = [{}]
+    weight = 0
+    for name, upstream in upsert.items():
+        if weight >= PART_WEIGHT:
+            parts.append({})
+            weight = 0
+        parts[-1][name] = upstream
+        weight += UPSTREAM_WEIGHT + len(upstream.peers)
+    return parts
 
 
 def survivors(upstream: Upstream, wanted: Membership) -> Upstream:
@@ -249,15 +263,7 @@ def survivors(upstream: Upstream, wanted: Membership) -> Upstream:
     """
     states = {peer.id: peer.state for other in wanted.upstreams.values() for peer in other.peers}
     peers = tuple(
-        Peer(
-            id=peer.id,
-            address=peer.address,
-            port=peer.port,
-            weight=peer.weight,
-            state=states[peer.id],
-        )
-        for peer in upstream.peers
-        if peer.id in states
+        replace(peer, state=states[peer.id]) for peer in upstream.peers if peer.id in states
     )
     return (
         upstream

@@ -11,10 +11,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from agent.driver.openresty import Status
+from agent.driver.openresty import Status, version_of
 from agent.driver.parts import (
     AdminClient,
     Backoff,
@@ -26,7 +27,7 @@ from agent.driver.parts import (
     Revisions,
     Sink,
     diff,
-    shared,
+    split,
     survivors,
 )
 from agent.driver.quarantine import Quarantine
@@ -45,6 +46,12 @@ from agent.errors import (
 from agent.model import Membership, Rejection, Site, Upstream
 
 log = logging.getLogger(__name__)
+
+MOST_READ = 100
+"""Upstreams that are read one by one; of more than that, all are read in one go."""
+
+LITTLE_ROOM = 0.25
+"""Share of the shared dict below which its size is to be raised: a full one refuses pushes."""
 
 BUSY_WAIT = 0.05
 """Seconds until a push is tried again that met another one."""
@@ -221,7 +228,22 @@ class Worker:
             )
             for name, item in self._refused.items()
         )
-        return refused + self.quarantine.rejections(self.target.name)
+        return refused + self._room() + self.quarantine.rejections(self.target.name)
+
+    def _room(self) -> tuple[Rejection, ...]:
+        status = self._status
+        if status is None or status.dict_free >= status.dict_capacity * LITTLE_ROOM:
+            return ()
+        return (
+            Rejection(
+                subject=f"OpenResty {self.target.name}",
+                reason="dict_nearly_full",
+                message=f"{status.dict_free >> 10} kB of {status.dict_capacity >> 10} kB are left "
+                f"for upstreams, with {status.upstreams} upstreams and {status.peers} peers in it.",
+                hint="Start OpenResty with a larger TIDEGATE_DICT_SIZE; a full one refuses pushes "
+                "and serves what it has.",
+            ),
+        )
 
     # For the rollout.
 
@@ -323,6 +345,7 @@ class Worker:
 
         Returns whether the instance holds what was ordered.
         """
+        complete = True
         try:
             if self._client is None:
                 self._client = self._connect(self.target)
@@ -331,7 +354,7 @@ class Worker:
             if order is not None:
                 if not self._leased:
                     self._beat(order)
-                self._push(order, since)
+                complete = self._push(order, since)
         except LeaseHeld as error:
             self._stand_by(error)
             return False
@@ -355,7 +378,7 @@ class Worker:
             what = "membership in step" if order is not None else "answers"
             log.info("OpenResty %s: %s", self.target.name, what)
         self._state, self._error = now, ""
-        return True
+        return complete
 
     def _beat(self, order: Order | None) -> None:
         """Renew the lease, ask for the status, and find out what the instance holds.
@@ -388,6 +411,8 @@ class Worker:
             status.revision,
         ):
             self._held = in_flight
+        elif order is None:
+            self._held = None
         else:
             if held is not None:
                 was = "restarted" if held.instance != status.instance else "changed by another"
@@ -415,73 +440,118 @@ class Worker:
                 self._site = None
                 self._site_retry_at = 0.0
 
-    def _read(self, status: Status, order: Order | None) -> Held:
+    def _read(self, status: Status, order: Order) -> Held:
         """What the instance holds: read rather than replaced, so that nothing changes needlessly.
 
-        An agent that comes back thus pushes only what has changed while it was away.
+        An agent that comes back thus pushes only what has changed while it was away. Versions tell
+        what has not; the peers are read of the others alone.
         """
         if status.revision == 0 and status.upstreams == 0:
             return Held(status.instance, 0, None)
+        client = self._open_client
         try:
-            revision, membership = self._open_client.membership()
+            revision, versions = client.versions()
+            wanted = order.membership.upstreams
+            same = {
+                name: wanted[name]
+                for name, version in versions.items()
+                if name in wanted and version and version == version_of(wanted[name])
+            }
+            others = versions.keys() - same.keys()
+            if len(others) > MOST_READ:
+                revision, membership = client.membership()
+                found = membership.upstreams
+            else:
+                found = {name: client.upstream(name) for name in others}
         except (InstanceUnreachable, InstanceUnauthorized, InstanceBusy):
             raise
         except DriverError as error:
             log.warning("OpenResty %s: %s; pushing everything", self.target.name, error)
             return Held(status.instance, status.revision, None)
-        if order is not None:
-            membership = shared(membership, order.membership)
-        return Held(status.instance, revision, membership)
+        return Held(status.instance, revision, Membership({**found, **same}))
 
-    def _push(self, order: Order, since: float | None) -> None:
-        """Make the instance hold what was ordered; returns at once if it does."""
+    def _push(self, order: Order, since: float | None) -> bool:
+        """Make the instance hold what was ordered; returns at once if it does.
+
+        A large change goes in parts, and a newer order does not wait for the parts of an older
+        one. What is removed goes last, so that nothing is missing in between.
+
+        Returns:
+            Whether it holds all of it now.
+        """
         while True:
             held = self._held
             if held is None:
                 raise InstanceBusy("what it holds is not known yet")
             content = self._content(order, held)
-            if held.membership is not None:
-                upsert, remove = diff(held.membership, content)
+            try:
+                known = held.membership
+                if known is None and held.revision == 0 and len(split(content.upstreams)) > 1:
+                    known = Membership({})
+                if known is None:
+                    self._put(held, content)
+                    break
+                upsert, remove = diff(known, content)
                 if not upsert and not remove:
                     self._held = Held(held.instance, held.revision, content)
-                    return
-            revision = self._revisions.stamp(content, above=held.revision)
-            candidate = Held(held.instance, revision, content)
-            kind = "full" if held.membership is None else "delta"
-            self._in_flight = candidate
-            try:
-                if held.membership is None:
-                    self._open_client.put(
-                        writer=self._writer, revision=revision, membership=content
-                    )
-                else:
-                    self._open_client.patch(
-                        writer=self._writer,
-                        base_revision=held.revision,
-                        revision=revision,
-                        upsert=upsert,
-                        remove=remove,
-                    )
+                    return True
+                part, *rest = split(upsert)
+                if rest:
+                    content = Membership({**known.upstreams, **part})
+                self._patch(held, part, () if rest else remove, content)
+                if not rest:
+                    break
             except PushRefused as error:
-                self._in_flight = None
-                self._sink.push(self.target.name, kind, "refused")
                 if not self._set_apart(error, order):
                     raise
                 continue
-            except DriverError as error:
-                if not isinstance(error, InstanceUnreachable):
-                    self._in_flight = None
-                if isinstance(error, RevisionConflict):
-                    # Somebody else wrote, or our last push came through after all.
-                    self._held = None
-                self._sink.push(self.target.name, kind, result(error))
-                raise
-            self._in_flight = None
-            self._held = candidate
-            self._sink.push(self.target.name, kind, "ok")
-            if since is not None:
-                self._sink.applied("membership", time.monotonic() - since)
-            return
+            if self._order is not order:
+                return False
+        if since is not None:
+            self._sink.applied("membership", time.monotonic() - since)
+        return True
+
+    def _put(self, held: Held, content: Membership) -> None:
+        """Replace all that the instance holds."""
+        revision = self._revisions.stamp(content, above=held.revision)
+        with self._pushing("full", Held(held.instance, revision, content)):
+            self._open_client.put(writer=self._writer, revision=revision, membership=content)
+
+    def _patch(
+        self,
+        held: Held,
+        upsert: Mapping[str, Upstream],
+        remove: tuple[str, ...],
+        content: Membership,
+    ) -> None:
+        """Push a change, or a part of one, that makes what the instance holds `content`."""
+        revision = self._revisions.stamp(content, above=held.revision)
+        with self._pushing("delta", Held(held.instance, revision, content)):
+            self._open_client.patch(
+                writer=self._writer,
+                base_revision=held.revision,
+                revision=revision,
+                upsert=upsert,
+                remove=remove,
+            )
+
+    @contextmanager
+    def _pushing(self, kind: str, candidate: Held) -> Iterator[None]:
+        """While a push is under way: if it comes through, the instance holds the candidate."""
+        self._in_flight = candidate
+        try:
+            yield
+        except DriverError as error:
+            if not isinstance(error, InstanceUnreachable):
+                self._in_flight = None
+            if isinstance(error, RevisionConflict):
+                # Somebody else wrote, or our last push came through after all.
+                self._held = None
+            self._sink.push(self.target.name, kind, result(error))
+            raise
+        self._in_flight = None
+        self._held = candidate
+        self._sink.push(self.target.name, kind, "ok")
 
     def _content(self, order: Order, held: Held) -> Membership:
         """What to push for an order.

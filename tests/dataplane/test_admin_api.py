@@ -82,6 +82,18 @@ def test_an_empty_list_of_peers_stays_a_list(proxy: Proxy) -> None:
     assert proxy.admin.call("GET", "/v1/membership/a").json()["peers"] == []
 
 
+def test_versions_come_back_as_they_were_pushed(proxy: Proxy) -> None:
+    known = upstream(peer(1), peer(2)) | {"version": "abc"}
+    proxy.admin.put({"known": known, "other": upstream(peer(3))})
+    assert proxy.admin.call("GET", "/v1/versions").json() == {
+        "revision": 1,
+        "versions": {"known": "abc", "other": ""},
+    }
+    proxy.stop()
+    proxy.start()
+    assert proxy.admin.call("GET", "/v1/versions").json()["versions"]["known"] == "abc"
+
+
 def test_put_replaces_all_and_patch_changes_some(proxy: Proxy) -> None:
     admin = proxy.admin
     assert admin.put({"a": upstream(peer(81)), "b": upstream()}).json() == {

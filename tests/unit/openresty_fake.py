@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-from agent.driver.openresty import Status
+from agent.driver.openresty import Status, version_of
 from agent.driver.parts import Rendered
 from agent.errors import (
     InstanceBusy,
@@ -51,6 +51,7 @@ class FakeOpenResty:
         self.lease_until = 0.0
         self.lease_ttl = 15.0
         self.nginx_version = 1022001
+        self.dict_capacity, self.dict_free = 0, 0
         self.calls: list[tuple[str, object]] = []
         self.down = False
         self.busy = 0
@@ -106,12 +107,24 @@ class FakeClient:
                 writer=s.writer,
                 upstreams=len(s.membership.upstreams),
                 nginx_version=s.nginx_version,
+                dict_capacity=s.dict_capacity,
+                dict_free=s.dict_free,
             )
 
     def membership(self) -> tuple[int, Membership]:
         with self._server.lock:
             s = self._enter("membership")
             return s.revision, s.membership
+
+    def versions(self) -> tuple[int, Mapping[str, str]]:
+        with self._server.lock:
+            s = self._enter("versions")
+            upstreams = s.membership.upstreams.items()
+            return s.revision, {name: version_of(upstream) for name, upstream in upstreams}
+
+    def upstream(self, name: str) -> Upstream:
+        with self._server.lock:
+            return self._enter("upstream", name).membership.upstreams[name]
 
     def patch(self, *, writer, base_revision, revision, upsert, remove) -> None:
         with self._server.lock:

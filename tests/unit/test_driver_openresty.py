@@ -6,13 +6,14 @@ import json
 import os
 import socket
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from agent.config.settings import OpenResty
-from agent.driver.openresty import Instance, Token, decode, encode
+from agent.driver.openresty import Instance, Token, decode, encode, version_of
 from agent.driver.targets import Target
 from agent.errors import (
     DriverError,
@@ -24,7 +25,7 @@ from agent.errors import (
     RevisionConflict,
     SiteRefused,
 )
-from agent.model import Membership, Peer, PeerState, Upstream
+from agent.model import Membership, Peer, PeerState, Policy, Upstream
 
 STATUS = {
     "instance": "run-1",
@@ -180,6 +181,7 @@ def test_a_delta_goes_out_as_the_contract_says(server):
                         "state": "draining",
                     },
                 ],
+                "version": version_of(WEB),
             }
         },
         "remove": ["b.example.com/"],
@@ -194,7 +196,7 @@ def test_a_full_push_and_a_site_go_out_as_the_contract_says(server):
     assert server.requests[0][3] == {
         "writer": "agent-a",
         "revision": 8,
-        "upstreams": {WEB.name: encode(WEB)},
+        "upstreams": {WEB.name: json.loads(encode(WEB))},
     }
     assert server.requests[1][3] == {
         "writer": "agent-a",
@@ -204,7 +206,7 @@ def test_a_full_push_and_a_site_go_out_as_the_contract_says(server):
 
 
 def test_the_membership_that_an_instance_holds_is_read_as_it_was_pushed(server):
-    item = encode(WEB)
+    item = json.loads(encode(WEB))
     for peer in item["peers"]:
         peer["live"] = {"state": "up", "in_flight": 3}
     server.body = {"revision": 7, "upstreams": {WEB.name: item}}
@@ -212,9 +214,21 @@ def test_the_membership_that_an_instance_holds_is_read_as_it_was_pushed(server):
 
 
 def test_peers_of_the_wire_are_sorted_as_ours_are():
-    item = encode(WEB)
+    item = json.loads(encode(WEB))
     item["peers"].reverse()
     assert decode(WEB.name, item) == WEB
+
+
+def test_the_version_of_an_upstream_follows_all_that_is_pushed_of_it():
+    changes = [
+        replace(WEB, hold=1.0),
+        replace(WEB, policy=Policy(slow_start=5.0)),
+        replace(WEB, peers=WEB.peers[1:]),
+        replace(WEB, peers=(replace(WEB.peers[0], backup=True), *WEB.peers[1:])),
+    ]
+    versions = {version_of(WEB), *(version_of(item) for item in changes)}
+    assert len(versions) == len(changes) + 1
+    assert version_of(replace(WEB)) == version_of(WEB)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 from openresty_fake import (
@@ -20,7 +21,7 @@ from openresty_fake import (
 from agent.driver.fleet import Fleet, InstanceState, Options
 from agent.driver.targets import Target
 from agent.errors import PushRefused, SiteRefused
-from agent.model import Desired, Membership
+from agent.model import Desired, Membership, Peer, Site, Upstream
 
 FAST = Options(heartbeat=0.1, site_quiet=0.02, site_max_wait=0.2)
 
@@ -166,11 +167,55 @@ def test_an_instance_that_restarted_from_disk_is_compared_and_left_alone(nginx):
     with running(nginx) as rig:
         settle(rig, desired({"a": ("10.0.0.1",)}))
         nginx.restart()
-        eventually(lambda: "membership" in nginx.names())
+        eventually(lambda: "versions" in nginx.names())
         eventually(lambda: nginx.writer == "agent-a")
         eventually(rig.in_sync)
     assert nginx.pushes() == ["put"]
     assert nginx.reloads == 1
+
+
+def crowd(count: int, *, port: int = 80) -> Desired:
+    """Enough upstreams that they do not go in one push."""
+    peers = tuple(Peer(f"t{n}", "10.0.0.1", port) for n in range(50))
+    upstreams = {f"{n}/": Upstream(f"{n}/", peers) for n in range(count)}
+    return Desired(Membership(upstreams), Site(()), ())
+
+
+def test_a_large_membership_goes_in_parts(nginx):
+    with running(nginx) as rig:
+        settle(rig, crowd(500))
+        assert len(nginx.names("patch")) > 2
+        assert "put" not in nginx.names()
+        settle(rig, crowd(300, port=81))
+    assert nginx.membership == crowd(300, port=81).membership
+    removed = [detail[1] for name, detail in nginx.calls if name == "patch"]
+    assert [len(names) for names in removed if names] == [200]
+    assert removed[-1]
+
+
+def test_an_agent_that_comes_back_to_a_large_membership_reads_what_differs_alone(nginx):
+    with running(nginx) as rig:
+        settle(rig, crowd(500))
+    before = crowd(500).membership.upstreams
+    changed = {**before, "7/": replace(before["7/"], hold=3.0)}
+    nginx.calls.clear()
+    with running(nginx, writer="agent-b") as rig:
+        settle(rig, Desired(Membership(changed), Site(()), ()))
+    assert [detail for name, detail in nginx.calls if name == "upstream"] == ["7/"]
+    assert [detail for name, detail in nginx.calls if name == "patch"] == [(["7/"], [])]
+    assert "membership" not in nginx.names()
+
+
+def test_a_dict_that_fills_up_is_told_before_it_is_full(nginx):
+    nginx.dict_capacity, nginx.dict_free = 64 << 20, 20 << 20
+    with running(nginx) as rig:
+        settle(rig, desired({"a": ("10.0.0.1",)}))
+        assert rig.fleet.rejections() == ()
+        nginx.dict_free = 10 << 20
+        (told,) = eventually(rig.fleet.rejections)
+    assert (told.reason, told.subject) == ("dict_nearly_full", "OpenResty nginx.1")
+    assert "10240 kB of 65536 kB" in told.message
+    assert "TIDEGATE_DICT_SIZE" in told.hint
 
 
 def test_drift_of_membership_is_found_by_the_heartbeat_and_mended(nginx):

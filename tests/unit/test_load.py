@@ -413,11 +413,15 @@ def test_exit_code_and_result_after_a_signal(serve, number):
     server = serve(lambda c, n, k: answer(c, status=500))
     script = Path(__file__).parents[2] / "bench" / "load.py"
     command = [sys.executable, str(script), "--url", server.url, "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as p:
-        assert p.stderr is not None
-        assert p.stdout is not None
-        p.stderr.readline()
-        p.send_signal(number)
-        printed = json.loads(p.stdout.read())
-        assert p.wait(20) == 1
+    # A signal that is blocked here would be blocked there too, and never end it.
+    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+    try:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as p:
+            assert p.stderr is not None
+            p.stderr.readline()
+            p.send_signal(number)
+            printed = json.loads(p.communicate(timeout=20)[0])
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert p.returncode == 1
     assert printed["requests"] == printed["failed"] == len(server.requests)

@@ -215,6 +215,21 @@ local function get_membership()
 end
 
 
+-- What a writer that comes back compares, instead of all the peers.
+local function get_versions()
+    local versions = {}
+    for _, name in ipairs(store.names()) do
+        local blob = store.get(name)
+        local head = blob and codec.head(blob)
+        if head then
+            versions[name] = codec.version(blob, head)
+        end
+        store.breathe()
+    end
+    return send(200, { revision = ctl:get("revision") or 0, versions = versions })
+end
+
+
 local function get_upstream(name)
     local blob = store.get(name)
     if not blob then
@@ -434,6 +449,7 @@ local PATHS = {
         PATCH = function() return push_membership(false) end,
         PUT = function() return push_membership(true) end,
     },
+    ["/v1/versions"] = { GET = get_versions },
     ["/v1/site"] = { GET = get_site, PUT = put_site },
     ["/v1/lease"] = { POST = post_lease, DELETE = delete_lease },
 }

@@ -26,8 +26,8 @@ typedef struct {
     uint32_t total_weight; /* of the up ones */
     double hold;           /* seconds */
     uint16_t uniform;      /* 1: the up ones have all the same weight */
-    uint16_t reserved;
-    uint32_t policy;       /* length of the policy's JSON text, which follows the peers */
+    uint16_t version;      /* length of the writer's name for this content */
+    uint32_t policy;       /* length of the policy's JSON text; both follow the peers */
 } tidegate_head_t;
 
 typedef struct {
@@ -102,7 +102,7 @@ end
 
 
 --- Packs an upstream.
--- @param upstream `{policy (JSON text), hold, peers}`; each peer
+-- @param upstream `{policy (JSON text), version (text), hold, peers}`; each peer
 --   `{id, family, bytes, port, weight, state, since, backup}`; `peers` gets sorted
 -- @return the value, and the number of peers that are being probed
 function _M.encode(upstream)
@@ -117,7 +117,8 @@ function _M.encode(upstream)
     for _, peer in ipairs(rest) do
         order[#order + 1] = peer
     end
-    local text = #upstream.policy
+    local version = upstream.version or ""
+    local text = #upstream.policy + #version
     for _, peer in ipairs(peers) do
         text = text + #peer.id
     end
@@ -128,7 +129,8 @@ function _M.encode(upstream)
     local records = cast(peer_out, buffer + HEAD_SIZE)
     local strings = buffer + HEAD_SIZE + #order * PEER_SIZE
     copy(strings, upstream.policy, #upstream.policy)
-    local offset, total, uniform = #upstream.policy, 0, 1
+    copy(strings + #upstream.policy, version, #version)
+    local offset, total, uniform = #upstream.policy + #version, 0, 1
     for index, peer in ipairs(order) do
         local record = records[index - 1]
         if index <= up then
@@ -159,6 +161,7 @@ function _M.encode(upstream)
     head.hold = upstream.hold
     head.uniform = uniform
     head.policy = #upstream.policy
+    head.version = #version
     return ffi_string(buffer, size), probing
 end
 
@@ -170,7 +173,8 @@ function _M.head(blob)
     end
     local head = head_type()
     copy(head, blob, HEAD_SIZE)
-    if head.magic ~= MAGIC or #blob < HEAD_SIZE + head.count * PEER_SIZE + head.policy then
+    local text = head.policy + head.version
+    if head.magic ~= MAGIC or #blob < HEAD_SIZE + head.count * PEER_SIZE + text then
         return nil
     end
     return head
@@ -188,6 +192,13 @@ end
 function _M.policy(blob, head)
     local at = HEAD_SIZE + head.count * PEER_SIZE
     return sub(blob, at + 1, at + head.policy)
+end
+
+
+--- What the writer called the content of packed `blob` with `head`; empty if nothing.
+function _M.version(blob, head)
+    local at = HEAD_SIZE + head.count * PEER_SIZE + head.policy
+    return sub(blob, at + 1, at + head.version)
 end
 
 
@@ -212,7 +223,12 @@ function _M.decode(blob)
         }
     end
     -- Reading the policy last keeps the blob, which the records point into, alive until here.
-    return { peers = peers, hold = head.hold, policy = _M.policy(blob, head) }
+    return {
+        peers = peers,
+        hold = head.hold,
+        version = _M.version(blob, head),
+        policy = _M.policy(blob, head),
+    }
 end
 
 

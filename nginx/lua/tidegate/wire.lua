@@ -191,6 +191,11 @@ function _M.read_upstream(name, item, errors, unsupported)
     if type(hold) ~= "number" or not (hold >= 0 and hold <= MAX_HOLD) then
         fault(errors, name, "hold", "is " .. shown(hold) .. "; expected 0 to 300 seconds")
     end
+    local version = item.version == nil and "" or item.version
+    if version ~= "" and not is_token(version) then
+        fault(errors, name, "version", "is " .. shown(version)
+              .. "; expected at most 128 printable ASCII characters")
+    end
     local count = length(item.peers)
     if not count then
         fault(errors, name, "peers", "is " .. shown(item.peers) .. "; expected a list")
@@ -209,7 +214,7 @@ function _M.read_upstream(name, item, errors, unsupported)
     if #errors > before then
         return nil
     end
-    return { policy = policy, hold = hold, peers = peers }
+    return { policy = policy, version = version, hold = hold, peers = peers }
 end
 
 
