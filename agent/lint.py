@@ -18,7 +18,7 @@ from agent import composefile
 from agent.compile import Examined, Route, Way, compile_snapshot, examine, proxy_containers
 from agent.composefile import Kind, Label, Place, Project, Service
 from agent.config.settings import Settings
-from agent.discovery.cluster import PROXY_LABEL, PROXY_VALUE, STACK_LABEL
+from agent.discovery.cluster import PROXY_LABEL, PROXY_VALUES, STACK_LABEL
 from agent.discovery.containers import PROJECT_LABEL
 from agent.labels import Reason, subject_of
 from agent.model import (
@@ -295,7 +295,7 @@ class _Linter:
             return True
         sections = [service.labels, service.deploy_labels] if self._stack else [service.labels]
         return any(
-            PROXY_LABEL in section and section[PROXY_LABEL].value == PROXY_VALUE
+            PROXY_LABEL in section and section[PROXY_LABEL].value in PROXY_VALUES
             for section in sections
         )
 
@@ -549,13 +549,13 @@ class _Linter:
         else:
             yield from self._compose_stumbles(service)
         marks = self._labels(service).get(PROXY_LABEL)
-        if marks is not None and marks.value != PROXY_VALUE:
+        if marks is not None and marks.value not in PROXY_VALUES:
             yield Finding(
                 Level.WARNING,
                 "not_openresty",
                 f"{PROXY_LABEL}={marks.value} marks no OpenResty: the agent looks for "
-                f"{PROXY_LABEL}={PROXY_VALUE}.",
-                f"Write {PROXY_LABEL}={PROXY_VALUE} on the service that is OpenResty.",
+                f"{PROXY_LABEL}=nginx (or haproxy, as Interlock had it).",
+                f"Write {PROXY_LABEL}=nginx on the service that is OpenResty.",
                 marks.place,
             )
 

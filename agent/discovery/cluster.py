@@ -27,7 +27,8 @@ from agent.model import (
 )
 
 PROXY_LABEL = "interlock.ext.name"
-PROXY_VALUE = "nginx"
+PROXY_VALUES = frozenset({"nginx", "haproxy"})
+"""What Interlock called its two kinds of proxy; an OpenResty takes the place of either."""
 STACK_LABEL = "com.docker.stack.namespace"
 
 
@@ -483,7 +484,7 @@ class Cluster:
     def _is_proxy(self, service: Service) -> bool:
         marks = service.labels.get(PROXY_LABEL), service.template_labels.get(PROXY_LABEL)
         named = bool(self._proxy_service) and service.name == self._proxy_service
-        return named or PROXY_VALUE in marks
+        return named or not PROXY_VALUES.isdisjoint(marks)
 
 
 def _traffic_state(task: Task, node: Node | None) -> tuple[InstanceState, str]:
