@@ -23,7 +23,6 @@ from agent.model import (
     Location,
     Membership,
     Peer,
-    Policy,
     Rejection,
     Site,
     Upstream,
@@ -331,18 +330,26 @@ def _change(before: Upstream | None, after: Upstream) -> UpstreamChange:
         elif old[key] != new[key]:
             found.append(f"~ {_peer(old[key])} -> {_peer(new[key])}")
     if before.policy != after.policy:
-        found.append(f"~ policy {_policy(before.policy)} -> {_policy(after.policy)}")
+        old_policy, new_policy = policies.to_json(before.policy), policies.to_json(after.policy)
+        found += [
+            f"~ {key} {_told(old_policy.get(key))} -> {_told(new_policy.get(key))}"
+            for key in sorted(old_policy.keys() | new_policy.keys())
+            if old_policy.get(key) != new_policy.get(key)
+        ]
     if before.hold != after.hold:
         found.append(f"~ hold {before.hold:g} s -> {after.hold:g} s")
     return UpstreamChange(after.name, "changed", tuple(found))
 
 
-def _policy(policy: Policy) -> str:
-    rest = {key: value for key, value in policies.to_json(policy).items() if key != "algorithm"}
-    return f"{policy.algorithm} {json.dumps(rest)}" if rest else str(policy.algorithm)
+def _told(value: object) -> str:
+    """A field of a policy; what it does not say is as usual."""
+    if value is None:
+        return "default"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _peer(peer: Peer) -> str:
     host = f"[{peer.address}]" if ":" in peer.address else peer.address
     weight = f" weight {peer.weight}" if peer.weight != 1 else ""
-    return f"{peer.id} {host}:{peer.port} {peer.state.value}{weight}"
+    backup = " backup" if peer.backup else ""
+    return f"{peer.id} {host}:{peer.port} {peer.state.value}{weight}{backup}"

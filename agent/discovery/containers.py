@@ -98,6 +98,8 @@ def container(
         instances=(instance,),
         stack=labels.get(PROJECT_LABEL) or labels.get(STACK_LABEL, ""),
         host_ports_only=on_host,
+        hostname=str(config.get("Hostname") or ""),
+        domainname=str(config.get("Domainname") or ""),
     )
     return Container(
         workload=workload,
