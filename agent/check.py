@@ -20,7 +20,7 @@ from agent.discovery import build_sources
 from agent.discovery.classic_nodes import is_classic, nodes_of
 from agent.discovery.docker_api import Connector, read
 from agent.discovery.swarm_watch import opener
-from agent.driver.openresty import Token, connector
+from agent.driver.openresty import Build, Token, connector
 from agent.driver.parts import AdminClient
 from agent.driver.targets import Target, targets
 from agent.errors import (
@@ -87,6 +87,7 @@ def check(
     yield from _settings(loaded, strict=strict)
     yield from _token(settings)
     yield from _templates(settings)
+    yield from _tls(settings)
     yield from _engine(settings)
     snapshots: list[SourceSnapshot] = []
     yield from _sources(settings, snapshots)
@@ -167,11 +168,27 @@ def _templates(settings: Settings) -> Iterator[Finding]:
     if not path:
         return
     try:
-        SiteRenderer(settings).render(Site(()), 0)
+        SiteRenderer(settings).render(Site(()), Build())
     except RenderError as error:
         yield Finding(Level.FAILED, "templates", str(error), "Mend the template; see docs.")
     else:
         yield _ok("templates", f"{path} can be used")
+
+
+def _tls(settings: Settings) -> Iterator[Finding]:
+    extension = settings.extension
+    old = [word for word in extension.ssl_protocols.split() if word in _OLD_PROTOCOLS]
+    if old and extension.ssl_port and "@SECLEVEL=0" not in extension.ssl_ciphers.upper():
+        yield Finding(
+            Level.WARNING,
+            "TLS",
+            f"SSLProtocols has {' and '.join(old)}, which OpenSSL 3 does not speak with the "
+            f"ciphers {extension.ssl_ciphers or 'that it takes by itself'}",
+            'Add "@SECLEVEL=0" to SSLCiphers, as in "DEFAULT@SECLEVEL=0", or do without them.',
+        )
+
+
+_OLD_PROTOCOLS = ("SSLv3", "TLSv1", "TLSv1.1")
 
 
 def _engine(settings: Settings) -> Iterator[Finding]:

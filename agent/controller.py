@@ -22,7 +22,7 @@ from agent.compile import Compiler
 from agent.config.settings import Settings
 from agent.discovery.base import Observer, Source, SourceStatus
 from agent.driver.fleet import Fleet, InstanceState, InstanceView, Options
-from agent.driver.openresty import connector
+from agent.driver.openresty import Build, connector
 from agent.driver.parts import Rendered
 from agent.driver.targets import Target, targets
 from agent.errors import SettingsError
@@ -49,13 +49,10 @@ class SiteRenderer:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
-    def render(self, site: Site, nginx_version: int) -> Rendered:
-        """The files for an nginx of that version. Raises RenderError."""
-        capabilities = (
-            render.Capabilities(nginx_version=nginx_version)
-            if nginx_version
-            else render.Capabilities()
-        )
+    def render(self, site: Site, build: Build) -> Rendered:
+        """The files for that nginx. Raises RenderError."""
+        known = build.nginx_version or render.Capabilities().nginx_version
+        capabilities = render.Capabilities(nginx_version=known, features=build.features)
         return Rendered(
             files=render.render(site, self._settings, capabilities),
             hosts=render.hosts_of_files(site),
@@ -72,6 +69,7 @@ def options(settings: Settings) -> Options:
         heartbeat=max(SHORTEST_HEARTBEAT, settings.openresty.heartbeat),
         site_quiet=settings.site_quiet,
         site_max_wait=settings.site_max_wait,
+        http3=settings.extension.http3,
     )
 
 

@@ -7,6 +7,7 @@ not know Docker, nginx or the configuration file.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -465,6 +466,19 @@ class BackendTls:
     name: str = ""
     certificate: str = ""
     key: str = ""
+
+    def server_name(self, host: str) -> str:
+        """The name to ask for on behalf of a host; empty where it is each request's own.
+
+        That is so for a host with a wildcard, and for hosts that nobody claims (empty).
+        """
+        return self.name or ("" if host.startswith("*") else host)
+
+    def identity(self, host: str) -> str:
+        """What tells connections apart that must not be shared: 16 hex digits."""
+        ca = self.ca if self.verify else ""
+        parts = (str(self.verify), ca, self.server_name(host), self.certificate, self.key)
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 class Protocol(StrEnum):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,7 @@ import jinja2
 
 from agent.config.settings import Settings
 from agent.errors import RenderError
-from agent.model import Site
+from agent.model import BackendTls, Location, Site, VerifyClient
 
 DEFAULT_FILE = "00-default.conf"
 """The file of what all hosts share; every other file is for one host."""
@@ -28,6 +28,7 @@ DEFAULT_FILE = "00-default.conf"
 _DEFAULT_TEMPLATE = "default.conf.j2"
 _HOST_TEMPLATE = "host.conf.j2"
 _HTTP2_DIRECTIVE_SINCE = 1_025_001
+_KEEPALIVE_BY_DEFAULT_SINCE = 1_029_007
 _KEEPALIVE_MIN_TIMEOUT_SINCE = 1_027_004
 _LONGEST_FILE_NAME = 255
 
@@ -38,9 +39,27 @@ class Capabilities:
 
     Attributes:
         nginx_version: as nginx numbers itself, 1022001 for 1.22.1.
+        features: what it was built with, by the names of its `--with-…_module` options.
     """
 
     nginx_version: int = 1_022_001
+    features: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """TLS towards peers, as templates need it.
+
+    Attributes:
+        id: of the identity; equal ones share connections.
+        name: server name to ask and to verify for; empty takes the request's.
+        trust: name of the copy of the CA, empty where peers are not verified.
+    """
+
+    id: str
+    name: str
+    trust: str
+    tls: BackendTls
 
 
 def render(site: Site, settings: Settings, caps: Capabilities) -> dict[str, str]:
@@ -56,6 +75,9 @@ def render(site: Site, settings: Settings, caps: Capabilities) -> dict[str, str]
         "extension": extension,
         "ipv6": extension.listen_ipv6,
         "http2_directive": caps.nginx_version >= _HTTP2_DIRECTIVE_SINCE,
+        "http3": extension.http3 and extension.ssl_port != 0 and "http_v3" in caps.features,
+        "no_keepalive": caps.nginx_version >= _KEEPALIVE_BY_DEFAULT_SINCE,
+        "backend_of": _backend,
         "keepalive_min_timeout": caps.nginx_version >= _KEEPALIVE_MIN_TIMEOUT_SINCE,
     }
     default = extension.default_certificate
@@ -66,6 +88,10 @@ def render(site: Site, settings: Settings, caps: Capabilities) -> dict[str, str]
                 site=site,
                 tls=extension.ssl_port != 0,
                 default_certificate=default,
+                backends=_backends(
+                    [(item, host.name) for host in site.hosts for item in host.locations]
+                    + [(item, "") for item in site.default]
+                ),
             )
         }
         template = templates.get_template(_HOST_TEMPLATE)
@@ -74,11 +100,29 @@ def render(site: Site, settings: Settings, caps: Capabilities) -> dict[str, str]
                 shared,
                 host=host,
                 tls=host.tls is not None and extension.ssl_port != 0,
+                verified=host.tls is not None and host.tls.verify_client is VerifyClient.REQUIRED,
+                backends=_backends((item, host.name) for item in host.locations),
                 has_root=any(location.path == "/" for location in host.locations),
             )
     except _TEMPLATE_FAULTS as error:
         raise RenderError(_told(error, extension.template_path)) from error
     return dict(sorted(files.items()))
+
+
+def _backend(tls: BackendTls, host: str) -> Backend:
+    trust = hashlib.sha256(tls.ca.encode()).hexdigest()[:16] if tls.ca else "system"
+    return Backend(
+        id=tls.identity(host),
+        name=tls.server_name(host),
+        trust=trust if tls.verify else "",
+        tls=tls,
+    )
+
+
+def _backends(locations: Iterable[tuple[Location, str]]) -> list[Backend]:
+    """The identities towards peers that these locations have, each once, by id."""
+    found = [_backend(item.backend_tls, host) for item, host in locations if item.backend_tls]
+    return sorted({backend.id: backend for backend in found}.values(), key=lambda item: item.id)
 
 
 def generation(files: Mapping[str, str]) -> str:
@@ -129,6 +173,13 @@ def quote_with(value: object, variables: str) -> str:
     return quote(value, variables=variables)
 
 
+def lua(value: object) -> str:
+    """Write a value as a string of Lua, in which nothing is left that means anything to nginx."""
+    escaped = _NOT_PLAIN.sub(lambda found: b"\\%03d" % found[0][0], str(value).encode())
+    return f'"{escaped.decode()}"'
+
+
+_NOT_PLAIN = re.compile(rb"[^A-Za-z0-9._/@:+,=~* -]")
 _UNWRITABLE = re.compile(r"[\x00-\x1f\x7f$]")
 
 
@@ -148,6 +199,7 @@ def _templates(template_path: str) -> jinja2.Environment:
         autoescape=False,  # noqa: S701 - not HTML; each value is quoted for nginx
         keep_trailing_newline=True,
     )
+    environment.filters["lua"] = lua
     environment.filters["quote"] = quote
     environment.filters["quote_with"] = quote_with
     return environment

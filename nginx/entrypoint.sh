@@ -34,6 +34,7 @@ shutdown_timeout=${TIDEGATE_WORKER_SHUTDOWN_TIMEOUT:-240s}
 error_log=${TIDEGATE_ERROR_LOG:-stderr}
 access_log=${TIDEGATE_ACCESS_LOG:-off}
 error_page=${TIDEGATE_ERROR_PAGE:-$home/error.html}
+ca_bundle=${TIDEGATE_CA_BUNDLE:-}
 user=${TIDEGATE_USER:-}
 
 # As root, with a user to run as: start anew as that user. Master and workers have to be the same
@@ -60,7 +61,7 @@ path_chars='A-Za-z0-9._/@+:,=-'
 for pair in "TIDEGATE_RUN_DIR=$run" "TIDEGATE_STATE_DIR=$state" "TIDEGATE_CONF_DIR=$conf_dir" \
     "TIDEGATE_ADMIN_TOKEN_FILE=$token_file" "TIDEGATE_ADMIN_TLS_CERT=$tls_cert" \
     "TIDEGATE_ADMIN_TLS_KEY=$tls_key" "TIDEGATE_ADMIN_TLS_CLIENT_CA=$tls_client_ca" \
-    "TIDEGATE_ERROR_PAGE=$error_page" "directory=$home"; do
+    "TIDEGATE_ERROR_PAGE=$error_page" "TIDEGATE_CA_BUNDLE=$ca_bundle" "directory=$home"; do
     check "${pair%%=*}" "${pair#*=}" "$path_chars"
 done
 check TIDEGATE_ADMIN_LISTEN "$admin_listen" '][A-Za-z0-9._/:*-'
@@ -128,6 +129,10 @@ else
     esac
 fi
 
+# What this build can do, as the agent hears it: "http_v2", "http_v3", "stream_ssl_preread" …
+features=$("$binary" -V 2>&1 | tr ' ' '\n' \
+    | sed -n 's/^--with-\([a-z0-9_]*\)_module$/"\1"/p' | sort -u | paste -sd, -)
+
 user_line=
 if [ "$(id -u)" = 0 ]; then
     user_line="user root;"
@@ -153,11 +158,12 @@ case $access_log in
 esac
 
 umask 077
-mkdir -p -- "$run/temp" "$state/site" || fail "$run and $state have to be writable"
+mkdir -p -- "$run/temp" "$state/site" "$state/trust" || fail "$run and $state have to be writable"
 : >"$run/emerg.log" || fail "TIDEGATE_RUN_DIR $run has to be writable"
 rm -rf -- "$state"/site/*.staging "$state"/site/*.old "$state"/site/*.new
-rm -f -- "$run/conf.d"
+rm -f -- "$run/conf.d" "$run/trust"
 ln -s "$home/conf.d" "$run/conf.d"
+ln -s "$state/trust" "$run/trust"
 case $admin_listen in
     # What a killed nginx has left; a socket that somebody serves is not taken away.
     unix:*)
@@ -179,6 +185,8 @@ sed -e "s|@MODULES@|$modules|g" \
     -e "s|@STATE@|$state|g" \
     -e "s|@HOME@|$home|g" \
     -e "s|@BINARY@|$binary|g" \
+    -e "s|@FEATURES@|$features|g" \
+    -e "s|@CA_BUNDLE@|$ca_bundle|g" \
     -e "s|@ERROR_LOG@|$error_log|g" \
     -e "s|@ACCESS_LOG@|$access_log_line|g" \
     -e "s|@WORKER_CONNECTIONS@|$worker_connections|g" \

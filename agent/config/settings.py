@@ -91,6 +91,8 @@ _SPELLED = {
     "ssl_protocols": "SSLProtocols",
     "ssl_default_cert": "SSLDefaultCert",
     "ssl_default_cert_key": "SSLDefaultCertKey",
+    "ssl_stapling": "SSLStapling",
+    "http3": "HTTP3",
     "listen_ipv6": "ListenIPv6",
     "urls": "URLs",
     "admin_tls": "AdminTLS",
@@ -161,6 +163,15 @@ class Extension(_Table):
     )
     ssl_protocols: str = Field("TLSv1.2 TLSv1.3", description="ssl_protocols of nginx")
     ssl_ciphers: str = Field("HIGH:!aNULL:!MD5", description="ssl_ciphers of nginx")
+    ssl_stapling: bool = Field(
+        True,
+        description="send OCSP answers along with certificates that name a responder; they are "
+        "fetched ahead of time, and clients never wait for them",
+    )
+    http3: bool = Field(
+        False,
+        description="serve HTTP/3 too, over UDP at SSLPort, where OpenResty was built with it",
+    )
     dh_param: bool = Field(False, description="use DHParamPath for DHE key exchange")
     dh_param_path: str = Field(
         "", description="file with DH parameters inside the OpenResty container"

@@ -47,13 +47,46 @@ SITE_TIMEOUT = 150.0
 
 
 @dataclass(frozen=True, slots=True)
+class Build:
+    """What an instance's nginx is, as far as its configuration depends on it.
+
+    Attributes:
+        nginx_version: as nginx counts it: 1022001 is 1.22.1; 0 if unknown.
+        features: what it was built with: `http_v2`, `http_v3`, `stream_ssl_preread` …
+    """
+
+    nginx_version: int = 0
+    features: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class CertificateProblem:
+    """Something that is wrong with a certificate or CA that an instance uses.
+
+    Attributes:
+        host: whose certificate it is, empty for the default one; None where it is a backend's.
+        backend: identity of the TLS towards peers that it belongs to; empty for hosts.
+        reason, message: as in a `Rejection`.
+        refused: it is not served for that; else it is, and this is a warning.
+    """
+
+    host: str | None
+    backend: str
+    reason: str
+    message: str
+    refused: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """Answer of `GET /v1/status`.
 
     Attributes:
         instance: id of the running OpenResty, new at each start.
         source: where its membership came from: "push", "disk" or "none".
-        nginx_version: as nginx counts it: 1022001 is 1.22.1.
+        build: what its nginx is.
+        certificates_serial: changes when a problem with a certificate comes or goes; None from an
+            instance that does not tell.
     """
 
     instance: str
@@ -64,7 +97,8 @@ class Status:
     upstreams: int = 0
     peers: int = 0
     source: str = ""
-    nginx_version: int = 0
+    build: Build = Build()
+    certificates_serial: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     dict_capacity: int = 0
     dict_free: int = 0
@@ -194,6 +228,22 @@ class Instance:
         answer = self._call("GET", "/v1/site")
         with _understood("GET /v1/site"):
             return {str(name): str(text) for name, text in answer["files"].items()}
+
+    def certificate_problems(self) -> tuple[CertificateProblem, ...]:
+        """What is wrong with the certificates and CAs that it uses."""
+        answer = self._call("GET", "/v1/certificates")
+        with _understood("GET /v1/certificates"):
+            return tuple(
+                CertificateProblem(
+                    host=item.get("host"),
+                    backend=str(item.get("backend") or ""),
+                    reason=str(problem["reason"]),
+                    message=str(problem["message"]),
+                    refused=problem["refused"] is True,
+                )
+                for item in (*answer["hosts"], *answer["backends"])
+                for problem in item["problems"]
+            )
 
     def put_site(self, *, writer: str, generation: str, files: Mapping[str, str]) -> bool:
         """Replace the site, and return when a new worker runs it.
@@ -385,7 +435,11 @@ def _status(answer: Mapping[str, Any]) -> Status:
             upstreams=int(answer.get("upstreams") or 0),
             peers=int(answer.get("peers") or 0),
             source=str(answer.get("source") or ""),
-            nginx_version=int(answer.get("nginx_version") or 0),
+            build=Build(
+                nginx_version=int(answer.get("nginx_version") or 0),
+                features=frozenset(str(item) for item in answer.get("features") or ()),
+            ),
+            certificates_serial=answer.get("certificates_serial"),
             versions={str(k): str(v) for k, v in (answer.get("versions") or {}).items()},
             dict_capacity=int(room.get("capacity_bytes") or 0),
             dict_free=int(room.get("free_bytes") or 0),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
 
-from agent.driver.openresty import Status
+from agent.driver.openresty import Build, CertificateProblem, Status
 from agent.driver.targets import Target
 from agent.model import Membership, Site, Upstream
 
@@ -54,6 +54,9 @@ class AdminClient(Protocol):
     def site(self) -> Mapping[str, str]:
         """The files that it runs, name to text."""
 
+    def certificate_problems(self) -> tuple[CertificateProblem, ...]:
+        """What is wrong with its certificates."""
+
     def put_site(self, *, writer: str, generation: str, files: Mapping[str, str]) -> bool:
         """Replace the site; returns whether nginx was reloaded."""
 
@@ -92,8 +95,8 @@ class Rendered:
 class Renderer(Protocol):
     """How a site becomes files; pure."""
 
-    def render(self, site: Site, nginx_version: int) -> Rendered:
-        """The files for an nginx of that version. Raises RenderError."""
+    def render(self, site: Site, build: Build) -> Rendered:
+        """The files for that nginx. Raises RenderError."""
 
     def generation(self, files: Mapping[str, str]) -> str:
         """The generation that these files are."""
@@ -120,11 +123,16 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Times of the driver, in seconds."""
+    """Times of the driver, in seconds, and what is asked of instances.
+
+    Attributes:
+        http3: HTTP/3 is wanted; an instance that cannot do it is told of.
+    """
 
     heartbeat: float = 3.0
     site_quiet: float = 0.5
     site_max_wait: float = 5.0
+    http3: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from agent.driver.openresty import Build
 from agent.driver.parts import AdminClient, Connect, Options, Rendered, Renderer, Sink
 from agent.driver.worker import Worker, result
 from agent.errors import DriverError, SiteRefused, TidegateError
@@ -64,7 +65,7 @@ class Rollout:
         self._site: Site | None = None
         self._since: float | None = None
         self._looked_at = 0.0
-        self._rendered: dict[int, Rendered] = {}
+        self._rendered: dict[Build, Rendered] = {}
         self._rendered_of: tuple[Site, Renderer] | None = None
         self._clients: dict[Worker, tuple[Connect, AdminClient]] = {}
         self._thread = threading.Thread(target=self._run, name="site rollout", daemon=True)
@@ -170,10 +171,10 @@ class Rollout:
         return True
 
     def _roll(self, worker: Worker, site: Site, since: float | None, renderer: Renderer) -> None:
-        nginx_version, running, connect = worker.begin_site()
+        build, running, connect = worker.begin_site()
         error: TidegateError | None = None
         try:
-            rendered = self._render(site, nginx_version, renderer)
+            rendered = self._render(site, build, renderer)
             client = self._client(worker, connect)
             running = self._push(worker, client, rendered, running, since, renderer)
         except TidegateError as caught:
@@ -249,15 +250,15 @@ class Rollout:
             worker.quarantine.accepted(files, rendered)
             return generation
 
-    def _render(self, site: Site, nginx_version: int, renderer: Renderer) -> Rendered:
+    def _render(self, site: Site, build: Build, renderer: Renderer) -> Rendered:
         """Rendered once for all instances of the same nginx."""
         of = self._rendered_of
         if of is None or of[0] is not site or of[1] is not renderer:
             self._rendered = {}
             self._rendered_of = (site, renderer)
-        if nginx_version not in self._rendered:
-            self._rendered[nginx_version] = renderer.render(site, nginx_version)
-        return self._rendered[nginx_version]
+        if build not in self._rendered:
+            self._rendered[build] = renderer.render(site, build)
+        return self._rendered[build]
 
     def _client(self, worker: Worker, connect: Connect) -> AdminClient:
         """A connection of our own, so that a long push does not hold up membership."""

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from agent.driver.openresty import Status, version_of
+from agent.driver import certificates
+from agent.driver.openresty import Build, CertificateProblem, Status, version_of
 from agent.driver.parts import (
     AdminClient,
     Backoff,
@@ -126,11 +127,13 @@ class Worker:
         self._site_backoff = Backoff(first=1.0, cap=60.0)
         self._last_seen = 0.0
         self._url = target.urls[0] if target.urls else ""
+        self._problems: tuple[CertificateProblem, ...] = ()
         self.quarantine = Quarantine()
 
         # The thread's own; others read them, a stale one does no harm.
         self._held: Held | None = None
         self._in_flight: Held | None = None
+        self._problems_of: tuple[str, int] | None = None
         self._done: Order | None = None
         self._refused: dict[str, _Refusal] = {}
         self._state = InstanceState.CONNECTING
@@ -228,7 +231,23 @@ class Worker:
             )
             for name, item in self._refused.items()
         )
-        return refused + self._room() + self.quarantine.rejections(self.target.name)
+        return (
+            refused
+            + self._room()
+            + self.quarantine.rejections(self.target.name)
+            + self._certificates()
+        )
+
+    def _certificates(self) -> tuple[Rejection, ...]:
+        """What is wrong with certificates, and with TLS at all."""
+        with self._changed:
+            status, order, problems = self._status, self._order, self._problems
+            wants_http3 = self._options.http3
+        site = order.site if order is not None else Site(())
+        found = certificates.rejections(problems, site, self.target.name)
+        if wants_http3 and status is not None and "http_v3" not in status.build.features:
+            found += (certificates.no_http3(self.target.name),)
+        return found
 
     def _room(self) -> tuple[Rejection, ...]:
         status = self._status
@@ -273,12 +292,12 @@ class Worker:
         with self._changed:
             return self._site_retry_at if self._site_error else self.quarantine.due_at()
 
-    def begin_site(self) -> tuple[int, str, Connect]:
-        """A push of the site begins; returns nginx version, generation and the client's maker."""
+    def begin_site(self) -> tuple[Build, str, Connect]:
+        """A push of the site begins; returns the nginx, generation and the client's maker."""
         with self._changed:
             self._rolling = True
-            version = self._status.nginx_version if self._status else 0
-            return version, self._generation, self._connect
+            build = self._status.build if self._status else Build()
+            return build, self._generation, self._connect
 
     def end_site(self, site: Site | None, generation: str, error: TidegateError | None) -> None:
         """A push of the site has ended.
@@ -399,6 +418,7 @@ class Worker:
             self._leased = True
         status = client.status()
         self._saw(status)
+        self._look_at_certificates(status)
         in_flight, self._in_flight = self._in_flight, None
         held = self._held
         if held is not None and (held.instance, held.revision) == (
@@ -425,6 +445,16 @@ class Worker:
                 )
             self._held = self._read(status, order)
         self._beat_at = time.monotonic() + self._options.heartbeat
+
+    def _look_at_certificates(self, status: Status) -> None:
+        """Ask what is wrong with certificates, if that has changed."""
+        serial = status.certificates_serial
+        if serial is None or (status.instance, serial) == self._problems_of:
+            return
+        problems = self._open_client.certificate_problems()
+        with self._changed:
+            self._problems = problems
+        self._problems_of = (status.instance, serial)
 
     def _saw(self, status: Status) -> None:
         """Take note of a status: where it differs from what we know, reality wins."""

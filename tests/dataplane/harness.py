@@ -17,6 +17,7 @@ import random
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import threading
 import time
@@ -406,6 +407,7 @@ class Seen:
     path: str
     headers: Mapping[str, str]
     body: bytes
+    tls: ssl.SSLObject | None = None
 
 
 @dataclass
@@ -419,6 +421,7 @@ class Backend:
     name: str = "backend"
     address: str = "127.0.0.1"
     port: int = 0
+    tls: ssl.SSLContext | None = None
     requests: list[Seen] = field(default_factory=list)
     connections: int = 0
     _server: asyncio.Server | None = None
@@ -439,7 +442,7 @@ class Backend:
     def listen(self) -> None:
         """Listens, at the port it had before if any."""
         self._server = _LOOP.run(
-            asyncio.start_server(self._serve, self.address, self.port, backlog=1024)
+            asyncio.start_server(self._serve, self.address, self.port, backlog=1024, ssl=self.tls)
         )
         self.port = self._server.sockets[0].getsockname()[1]
 
@@ -452,6 +455,15 @@ class Backend:
                 self._server = None
             for writer in list(self._writers):
                 writer.transport.abort()
+
+        _LOOP.run(close())
+
+    def drop(self) -> None:
+        """Closes its connections, and goes on listening."""
+
+        async def close() -> None:
+            for writer in list(self._writers):
+                writer.close()
 
         _LOOP.run(close())
 
@@ -478,7 +490,8 @@ class Backend:
         pairs = (line.split(": ", 1) for line in lines if line)
         headers = {name.lower(): value for name, value in pairs}
         body = await reader.readexactly(int(headers.get("content-length", "0")))
-        self.requests.append(Seen(method, path, headers, body))
+        tls = writer.get_extra_info("ssl_object")
+        self.requests.append(Seen(method, path, headers, body, tls))
         if headers.get("upgrade") == "websocket":
             await self._websocket(headers, reader, writer)
             return False

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-from agent.driver.openresty import Status, version_of
+from agent.driver.openresty import Build, CertificateProblem, Status, version_of
 from agent.driver.parts import Rendered
 from agent.errors import (
     InstanceBusy,
@@ -51,6 +51,9 @@ class FakeOpenResty:
         self.lease_until = 0.0
         self.lease_ttl = 15.0
         self.nginx_version = 1022001
+        self.features: frozenset[str] = frozenset()
+        self.certificates_serial = 0
+        self.certificate_problems: tuple[CertificateProblem, ...] = ()
         self.dict_capacity, self.dict_free = 0, 0
         self.calls: list[tuple[str, object]] = []
         self.down = False
@@ -106,7 +109,8 @@ class FakeClient:
                 generation=s.generation,
                 writer=s.writer,
                 upstreams=len(s.membership.upstreams),
-                nginx_version=s.nginx_version,
+                build=Build(nginx_version=s.nginx_version, features=s.features),
+                certificates_serial=s.certificates_serial,
                 dict_capacity=s.dict_capacity,
                 dict_free=s.dict_free,
             )
@@ -166,6 +170,10 @@ class FakeClient:
         with self._server.lock:
             return dict(self._enter("get site").files)
 
+    def certificate_problems(self) -> tuple[CertificateProblem, ...]:
+        with self._server.lock:
+            return self._enter("certificates").certificate_problems
+
     def put_site(self, *, writer, generation, files) -> bool:
         with self._server.lock:
             s = self._enter("site", dict(files))
@@ -203,9 +211,9 @@ class FakeRenderer:
         self.ground = ground
         self.renders = 0
 
-    def render(self, site: Site, nginx_version: int) -> Rendered:
+    def render(self, site: Site, build: Build) -> Rendered:
         self.renders += 1
-        files = {f"{host.name}.conf": f"{host!r} for {nginx_version}" for host in site.hosts}
+        files = {f"{host.name}.conf": f"{host!r} for {build.nginx_version}" for host in site.hosts}
         hosts = {f"{host.name}.conf": host.name for host in site.hosts}
         return Rendered(files={"00-ground.conf": self.ground, **files}, hosts=hosts)
 

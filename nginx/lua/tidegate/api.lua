@@ -3,6 +3,7 @@
 -- Why: the one place that knows HTTP. It authenticates, reads and checks; what is to be done is
 -- the business of `store`, `lease` and `site`.
 
+local certificates = require "tidegate.certificates"
 local codec = require "tidegate.codec"
 local json = require "tidegate.json"
 local lease = require "tidegate.lease"
@@ -40,12 +41,12 @@ local WRITER_RULE = "expected 1 to 128 printable ASCII characters"
 
 local _M = {}
 
-local settings          -- {token, token_file, version}
+local settings          -- {token, token_file, version, features}
 local token_read_at = 0
 
 
 --- Sets what does not change while a configuration is in force.
--- @param options `{token, token_file, version}`; no token and no file: no authentication
+-- @param options `{token, token_file, version, features}`; no token and no file: no authentication
 function _M.configure(options)
     settings = options
 end
@@ -181,6 +182,8 @@ local function get_status()
             ngx_lua = floor(lua / 1000000) .. "." .. floor(lua / 1000) % 1000 .. "." .. lua % 1000,
         },
         nginx_version = version,
+        features = json.array(settings.features),
+        certificates_serial = certificates.serial(),
         workers = ngx.worker.count(),
         master_pid = process.get_master_pid(),
         started_at = ctl:get("started_at"),
@@ -382,6 +385,13 @@ local function put_site()
 end
 
 
+local function get_certificates()
+    local serial = certificates.serial()
+    local hosts, backends = certificates.report()
+    return send(200, { serial = serial, hosts = hosts, backends = backends })
+end
+
+
 local function post_lease()
     local body = read_object()
     local expires_in = body and take_lease(body.writer)
@@ -434,6 +444,7 @@ local function get_metrics()
             writing = ngx.var.connections_writing,
         },
     })
+    certificates.print_metrics()
 end
 
 
@@ -449,6 +460,7 @@ local PATHS = {
         PATCH = function() return push_membership(false) end,
         PUT = function() return push_membership(true) end,
     },
+    ["/v1/certificates"] = { GET = get_certificates },
     ["/v1/versions"] = { GET = get_versions },
     ["/v1/site"] = { GET = get_site, PUT = put_site },
     ["/v1/lease"] = { POST = post_lease, DELETE = delete_lease },

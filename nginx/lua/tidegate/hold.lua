@@ -167,6 +167,9 @@ function _M.fail()
     if not name or name == "" or status == 503 then
         return answer(status)
     end
+    if var.tidegate_unidentified == "1" then
+        return answer(502)
+    end
     balancer.note_last_failure(name)
     local no_peer = var.tidegate_no_peer == "1"
     local tried = find(var.upstream_addr or "", "%d:%d") ~= nil

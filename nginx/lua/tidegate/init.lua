@@ -2,6 +2,7 @@
 
 local api = require "tidegate.api"
 local balancer = require "tidegate.balancer"
+local certificates = require "tidegate.certificates"
 local hold = require "tidegate.hold"
 local lease = require "tidegate.lease"
 local metrics = require "tidegate.metrics"
@@ -9,6 +10,8 @@ local persist = require "tidegate.persist"
 local posix = require "tidegate.posix"
 local probe = require "tidegate.probe"
 local site = require "tidegate.site"
+
+require "tidegate.backends"
 
 local ctl = ngx.shared.tidegate_ctl
 
@@ -45,7 +48,8 @@ end
 
 
 --- Body of `init_by_lua`: runs in the master at each load of the configuration.
--- @param options `{run, state, binary, token_file, lease_ttl, max_held, error_page}`
+-- @param options `{run, state, binary, features, untrusted, ca_bundle, token_file, lease_ttl,
+--   max_held, error_page}`
 function _M.start(options)
     math.randomseed(ngx.time() * 1000 + ngx.worker.pid())
     if not ctl:get("instance") then
@@ -56,11 +60,13 @@ function _M.start(options)
     end
     persist.configure(options.state)
     lease.configure(options.lease_ttl)
-    site.configure(options)
+    site.configure(options, certificates.prepare)
+    certificates.configure(options, site.texts())
     api.configure({
         token = read_token(options),
         token_file = options.token_file ~= "" and options.token_file or nil,
         version = _M.version,
+        features = options.features,
     })
     hold.set_limit(options.max_held)
     local page, err = posix.read(options.error_page)
@@ -99,6 +105,8 @@ function _M.start_worker()
     every(1, guarded("counting", metrics.flush))
     every(1, guarded("probing", probe.start_all))
     every(1, guarded("keeping the membership", persist.schedule))
+    ngx.timer.at(0, guarded("looking at certificates", certificates.check))
+    every(1, guarded("looking at certificates", certificates.check))
     every(30, guarded("sweeping", balancer.sweep))
 end
 

@@ -13,6 +13,7 @@ local store = require "tidegate.store"
 local ctl = ngx.shared.tidegate_ctl
 local met = ngx.shared.tidegate_metrics
 local dat = ngx.shared.tidegate_dat
+local certificates = ngx.shared.tidegate_certificates
 local inflight = ngx.shared.tidegate_inflight
 
 local cast = ffi.cast
@@ -360,7 +361,8 @@ function _M.print(facts)
            ctl:get("metrics_lost") or 0)
     local free, capacity = {}, {}
     for _, item in ipairs({ { "membership", dat }, { "pointers", ngx.shared.tidegate_ptr },
-                            { "control", ctl }, { "metrics", met } }) do
+                            { "control", ctl }, { "metrics", met },
+                            { "certificates", certificates } }) do
         free[#free + 1] = 'tidegate_shared_dict_free_bytes{dict="' .. item[1] .. '"} '
             .. number(item[2]:free_space())
         capacity[#capacity + 1] = 'tidegate_shared_dict_capacity_bytes{dict="' .. item[1] .. '"} '

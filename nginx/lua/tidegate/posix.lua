@@ -24,6 +24,7 @@ pcall(ffi.cdef, "int close(int fd);")
 pcall(ffi.cdef, "int fsync(int fd);")
 pcall(ffi.cdef, "int access(const char *path, int mode);")
 pcall(ffi.cdef, "int usleep(unsigned int microseconds);")
+pcall(ffi.cdef, "int statx(int fd, const char *path, int flags, unsigned int mask, void *buf);")
 pcall(ffi.cdef, "int fcntl(int fd, int cmd, ...);")
 pcall(ffi.cdef, "int getdtablesize(void);")
 pcall(ffi.cdef, "long syscall(long number, ...);")
@@ -34,7 +35,11 @@ pcall(ffi.cdef, "const char *inet_ntop(int af, const void *src, char *dst, unsig
 
 local AF_INET = 2
 local AF_INET6 = 10
+local AT_FDCWD = -100
+local STATX_BASIC = 0x7ff
 local EPERM = 1
+local ENOENT = 2
+local ENOTDIR = 20
 local EEXIST = 17
 local F_SETFD = 2
 local FD_CLOEXEC = 1
@@ -46,10 +51,16 @@ local _M = { SIGHUP = 1 }
 local address_buffer = ffi_new("unsigned char[16]")
 local text_buffer = ffi_new("char[64]")
 local path_buffer = ffi_new("char[4096]")
+local stat_buffer = ffi_new("char[256]")
 
 
 local function failure(what)
     return nil, what .. ": " .. ffi_string(C.strerror(ffi.errno()))
+end
+
+
+local function statx(path)
+    return C.statx(AT_FDCWD, path, 0, STATX_BASIC, stat_buffer)
 end
 
 
@@ -173,6 +184,40 @@ function _M.read(path)
     data, err = file:read("*a")
     file:close()
     return data, err
+end
+
+
+--- Whole content of the file at `path`, with its inode, size and times read before it.
+-- @return content and stamp; or nil, why not, and whether that is because there is none
+function _M.read_stamped(path)
+    local stamp, err, missing = _M.stamp(path)
+    if not stamp then
+        return nil, err, missing
+    end
+    local data
+    data, err = _M.read(path)
+    if not data then
+        return nil, err
+    end
+    return data, stamp
+end
+
+
+--- What changes when the file at `path` does: inode, size and times; its content on a libc that
+-- cannot tell these.
+-- @return a string; or nil, why not, and whether that is because there is none
+function _M.stamp(path)
+    local ok, result = pcall(statx, path)
+    if not ok then
+        return _M.read(path)
+    end
+    if result ~= 0 then
+        local errno = ffi.errno()
+        local _, err = failure(path)
+        return nil, err, errno == ENOENT or errno == ENOTDIR
+    end
+    -- In struct statx: inode and size at 32, ctime and mtime at 96.
+    return ffi_string(stat_buffer + 32, 16) .. ffi_string(stat_buffer + 96, 32)
 end
 
 

@@ -45,14 +45,17 @@ local BUILTIN = "builtin"
 local _M = {}
 
 local settings              -- {run, state, binary}
+local prepare               -- called with the files of a site before it is tested
 local generation = ""       -- of the configuration that this process was made from
 local load = 0              -- number of that configuration
 
 
 --- Fixes, while a configuration is loaded, which site it is made of.
 -- @param options `{run, state, binary}`: directories and nginx's binary
-function _M.configure(options)
+-- @param prepare_site called with the files of a new site, name to text, before it is tested
+function _M.configure(options, prepare_site)
     settings = options
+    prepare = prepare_site
     local target = posix.readlink(options.state .. "/site/current")
     generation = target and target ~= BUILTIN and target or ""
     load = ctl:incr("loads", 1, 0)
@@ -86,6 +89,19 @@ function _M.files()
         end
     end
     return running, files
+end
+
+
+--- The files of the site that the configuration being loaded is made of, name to text.
+function _M.texts()
+    local texts = {}
+    if generation ~= "" then
+        local directory = settings.state .. "/site/" .. generation
+        for name in gmatch(posix.read(directory .. LIST) or "", "[^\n]+") do
+            texts[name] = posix.read(directory .. "/" .. name)
+        end
+    end
+    return texts
 end
 
 
@@ -290,6 +306,7 @@ local function change(wanted, files)
     if not ok then
         return nil, { stage = "test", message = "the files cannot be written: " .. err }
     end
+    prepare(files)
     update_time()
     local started = now()
     local passed, refusal = test(staging, files)
@@ -365,6 +382,22 @@ function _M.apply(wanted, files)
     end
     ctl:incr("site_changes", 1, 0)
     return "reloaded"
+end
+
+
+--- Has nginx read the current site anew, for a file that it refers to has changed. Yields.
+-- @return true; or nil and why not
+function _M.reload()
+    local token = lock.acquire(LOCK, 0)
+    if not token then
+        return nil, "another change of the site is under way"
+    end
+    local ok, result, err = pcall(reload, _M.generation(), RELOAD_LIMIT + TEST_LIMIT)
+    lock.release(LOCK, token)
+    if not ok then
+        return nil, result
+    end
+    return result, err
 end
 
 
