@@ -20,6 +20,8 @@ import pytest
 from agent.compile import compile_snapshot
 from agent.config.settings import Extension, OpenResty, Settings
 from agent.controller import SiteRenderer
+from agent.driver.fleet import Fleet, Options
+from agent.driver.openresty import Instance as Client
 from agent.driver.openresty import connector
 from agent.driver.targets import targets
 from agent.errors import SiteRefused
@@ -46,6 +48,7 @@ from tests.dataplane.harness import (
     request,
     wait_until,
 )
+from tests.unit.openresty_fake import CountingSink
 
 TOKEN = "a-long-token"
 CERTIFICATE = {"ssl_cert": "test.pem", "ssl_cert_key": "test.key"}
@@ -84,8 +87,7 @@ class Pair:
         self.proxy = proxy
         self.certificates = certificates
         self.tls_port = free_port()
-        self.revision = 0
-        self.files: Mapping[str, str] = {}
+        self.url = f"http://127.0.0.1:{proxy.admin_port}"
 
     def serve(self, *workloads: Workload, **extension: object) -> tuple[Rejection, ...]:
         """Have these served, and nothing else; returns what of them is refused."""
@@ -95,25 +97,41 @@ class Pair:
             "ssl_port": self.tls_port,
             "ssl_cert_path": str(self.certificates),
         }
-        url = f"http://127.0.0.1:{self.proxy.admin_port}"
         settings = Settings(
             extensions=(Extension.model_validate(values | extension, by_name=True),),
-            openresty=OpenResty(urls=(url,), token=TOKEN),
+            openresty=OpenResty(urls=(self.url,), token=TOKEN),
         )
         seen = SourceSnapshot("static", {item.key: item for item in workloads})
         desired = compile_snapshot(Snapshot({"static": seen}), settings)
-        renderer = SiteRenderer(settings)
-        client = connector(settings.openresty)(targets((), settings.openresty)[0])
+        fleet = Fleet(
+            writer="test",
+            connect=connector(settings.openresty),
+            renderer=SiteRenderer(settings),
+            options=Options(heartbeat=0.2, site_quiet=0.01, site_max_wait=0.1),
+            sink=CountingSink(),
+        )
+        fleet.set_instances(targets((), settings.openresty))
+        fleet.start()
         try:
-            self.revision = max(self.revision, client.status().revision) + 1
-            self.files = renderer.render(desired.site, client.status().nginx_version).files
-            client.put(writer="test", revision=self.revision, membership=desired.membership)
-            client.put_site(
-                writer="test", generation=renderer.generation(self.files), files=self.files
-            )
+            fleet.apply(desired)
+            wait_until(lambda: all(view.in_sync for view in fleet.views()), what="in step")
+            return desired.rejections + fleet.rejections()
+        finally:
+            fleet.stop(10)
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """The site that runs."""
+        client = self.client()
+        try:
+            return client.site()
         finally:
             client.close()
-        return desired.rejections
+
+    def client(self) -> Client:
+        """What speaks with the admin API."""
+        settings = OpenResty(urls=(self.url,), token=TOKEN)
+        return connector(settings)(targets((), settings)[0])
 
     def get(self, host: str, path: str = "/", **headers: str) -> Answer:
         """A request over plain HTTP; underscores in the names of headers are hyphens."""
@@ -275,15 +293,14 @@ def test_fix_a_site_is_tested_before_it_replaces_the_one_that_runs(
 ) -> None:
     """FIX-22: the live file was overwritten first and tested afterwards."""
     pair.serve(bystander)
-    settings = OpenResty(urls=(f"http://127.0.0.1:{pair.proxy.admin_port}",), token=TOKEN)
-    client = connector(settings)(targets((), settings)[0])
-    broken = {**pair.files, "broken.test.conf": "server { listen nonsense"}
+    client, files = pair.client(), pair.files
+    broken = {**files, "broken.test.conf": "server { listen nonsense"}
     before = client.status().generation
     with pytest.raises(SiteRefused) as refused:
         client.put_site(writer="test", generation="0" * 64, files=broken)
     assert refused.value.file in ("broken.test.conf", None)
     assert client.status().generation == before
-    assert client.site() == pair.files, "what would be loaded after a restart is the old one too"
+    assert client.site() == files, "what would be loaded after a restart is the old one too"
     client.close()
     assert answers(pair, "bystander.test") == "two"
 

@@ -21,7 +21,7 @@ import pytest
 
 from agent.compile import compile_snapshot
 from agent.config.settings import Settings, load
-from agent.controller import SiteRenderer, writer_id
+from agent.controller import writer_id
 from agent.discovery.containers import container
 from agent.discovery.docker_api import DockerEngine
 from agent.driver.fleet import Options
@@ -35,6 +35,7 @@ from agent.model import (
     SourceSnapshot,
     Workload,
 )
+from agent.render import Capabilities, render
 from tests.certificates import authority, certificate
 from tests.unit import test_controller, test_discovery_docker_api, test_discovery_engine, test_fleet
 from tests.unit.classic_manager import ClassicManager
@@ -52,7 +53,7 @@ def compiled(*workloads: Workload, **extension: Any) -> Desired:
 
 
 def files_of(what: Desired, nginx_version: int = 1_027_004, **extension: Any) -> dict[str, str]:
-    return dict(SiteRenderer(settings(**extension)).render(what.site, nginx_version).files)
+    return render(what.site, settings(**extension), Capabilities(nginx_version=nginx_version))
 
 
 def app(name: str, *tasks: str, **more: str) -> Workload:
@@ -85,7 +86,7 @@ def test_fix_no_pid_path_is_no_invalid_file() -> None:
     """FIX-7: without PidPath Interlock wrote a `pid` directive without a value."""
     found, remarks = load('[[Extensions]]\nName = "nginx"\n', where="test")
     assert remarks == ()
-    files = SiteRenderer(found).render(compiled(app("a", "10.0.0.1")).site, 1_022_001).files
+    files = render(compiled(app("a", "10.0.0.1")).site, found, Capabilities())
     assert not any(re.search(r"^\s*pid\b", text, re.MULTILINE) for text in files.values())
 
 
@@ -93,7 +94,7 @@ def test_fix_dh_param_without_a_path_is_a_warning() -> None:
     """FIX-8: DHParam = true without DHParamPath made the whole file invalid."""
     found, remarks = load('[[Extensions]]\nName = "nginx"\nDHParam = true\n', where="test")
     assert any("DHParamPath" in str(remark) for remark in remarks)
-    files = SiteRenderer(found).render(compiled(app("a", "10.0.0.1")).site, 1_022_001).files
+    files = render(compiled(app("a", "10.0.0.1")).site, found, Capabilities())
     assert not any("dhparam" in text for text in files.values())
 
 
