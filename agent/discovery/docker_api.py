@@ -14,7 +14,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -55,6 +55,8 @@ WRITES = ("/networks/{id}/connect",)
 """Every path that is ever posted to, with AttachNetworks only."""
 
 _LONGEST_EVENT = 1 << 20
+_LONGEST_ELEMENT = 1 << 24
+_CHUNK = 1 << 18
 _KEEPALIVE = (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
 
 Filters = Mapping[str, Sequence[str]]
@@ -93,6 +95,13 @@ class Engine(Protocol):
         self, path: str, *, filters: Filters | None = None, params: Mapping[str, str] | None = None
     ) -> bytes:
         """The whole body of an answer; half of one is an error."""
+
+    def each(self, path: str) -> Iterator[dict[str, Any]]:
+        """The elements of a list, parsed one by one, so that the whole never lies in memory.
+
+        Raises:
+            DockerUnavailable: also when it ends early, after what came before has been given.
+        """
 
     def events(self, filters: Filters) -> EventStream:
         """The event stream, from now on; without filters everything."""
@@ -240,6 +249,15 @@ class DockerEngine:
             response = self._client.get(self._at(path), params=query, timeout=self._timeout)
             return self._checked(response, f"GET {path}")
 
+    def each(self, path: str) -> Iterator[dict[str, Any]]:
+        """The elements of a list, parsed one by one."""
+        with self._watched():
+            response = self._client.get(self._at(path), stream=True, timeout=self._timeout)
+            with response:
+                if response.status_code != requests.codes.ok:
+                    self._checked(response, f"GET {path}")
+                yield from elements(response.iter_content(_CHUNK), path)
+
     def events(self, filters: Filters) -> EventStream:
         """The event stream, from now on."""
         with self._watched():
@@ -369,6 +387,40 @@ def _objects(chunks: Iterator[bytes], url: str) -> Iterator[dict[str, Any]]:
                 break
     if text:
         raise DockerUnavailable(f"the event stream of {url} was cut in the middle of an event")
+
+
+def elements(chunks: Iterable[bytes], path: str) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON list that comes in pieces, each as soon as it is whole.
+
+    Raises:
+        DockerUnavailable: what came is no list of objects, or not all of one.
+    """
+    decoder = json.JSONDecoder()
+    characters = codecs.getincrementaldecoder("utf-8")("replace")
+    text, at, begun, ended = "", 0, False, False
+    for chunk in chunks:
+        text, at = text[at:] + characters.decode(chunk), 0
+        while not ended and (found := (_NEXT_OBJECT if begun else _FIRST_OBJECT).match(text, at)):
+            try:
+                element, at = decoder.raw_decode(text, found.end())
+            except ValueError:
+                break  # not whole yet
+            begun = True
+            yield element
+        if not ended and (end := (_END if begun else _EMPTY).match(text, at)):
+            at, ended = end.end(), True
+        if len(text) - at > _LONGEST_ELEMENT:
+            break
+    if not ended or text[at:].strip():
+        raise DockerUnavailable(
+            f"the engine's answer to {path} is no whole list of objects: {text[at : at + 60]!r}"
+        )
+
+
+_FIRST_OBJECT = re.compile(r"\s*\[\s*(?={)")
+_NEXT_OBJECT = re.compile(r"\s*,\s*(?={)")
+_EMPTY = re.compile(r"\s*\[\s*\]\s*")
+_END = re.compile(r"\s*\]\s*")
 
 
 def _agreed(url: str, facts: Mapping[str, Any]) -> tuple[int, ...]:

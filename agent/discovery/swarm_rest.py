@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from types import MappingProxyType
@@ -27,12 +27,12 @@ def list_all(engine: Engine) -> Listing:
         DockerUnavailable, DockerRefused: one of the lists failed, so there is no list.
     """
     with _shape_of("/nodes"):
-        nodes = [node(raw) for raw in read(engine, "/nodes")]
+        nodes = [node(raw) for raw in engine.each("/nodes")]
     with _shape_of("/networks"):
-        networks = {n.id: n for n in map(network, read(engine, "/networks"))}
+        networks = {n.id: n for n in map(network, engine.each("/networks"))}
     with _shape_of("/services"):
-        services = [service(raw) for raw in read(engine, "/services")]
-    tasks, of_tasks = tasks_of(engine.get("/tasks"))
+        services = [service(raw) for raw in engine.each("/services")]
+    tasks, of_tasks = _tasks_and_networks(engine.each("/tasks"))
     networks |= {n.id: n for n in of_tasks}
     for target in {target for item in services for target in item.targets} - networks.keys():
         # The list leaves out the cluster's own "host" and "bridge".
@@ -50,10 +50,17 @@ def tasks_of(body: bytes) -> tuple[list[Task], list[Network]]:
     Raises:
         DockerUnavailable: it is no list of tasks.
     """
+    return _tasks_and_networks(parse(body, "/tasks"))
+
+
+def _tasks_and_networks(raw_tasks: Iterable[Any]) -> tuple[list[Task], list[Network]]:
+    tasks: list[Task] = []
+    networks: dict[str, Network] = {}
     with _shape_of("/tasks"):
-        raw_tasks = parse(body, "/tasks")
-        networks = {n.id: n for raw in raw_tasks for n in task_networks(raw)}
-        return [task(raw) for raw in raw_tasks], list(networks.values())
+        for raw in raw_tasks:
+            tasks.append(task(raw))
+            networks |= {item.id: item for item in task_networks(raw)}
+    return tasks, list(networks.values())
 
 
 @contextmanager

@@ -253,10 +253,11 @@ class Proxy:
             )
         return self._process
 
-    def start(self) -> None:
+    def start(self, *, timeout: float = 10.0) -> None:
         """Starts it, and returns when its workers answer.
 
         Raises:
+            TimeoutError: they do not within `timeout` seconds.
             RuntimeError: it ended instead; with what it said.
         """
         process = self.launch()
@@ -269,7 +270,7 @@ class Proxy:
             except OSError:
                 return False
 
-        wait_until(answers, what="proxy answers")
+        wait_until(answers, timeout=timeout, what="proxy answers")
 
     @property
     def output(self) -> str:

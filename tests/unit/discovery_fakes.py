@@ -19,7 +19,7 @@ from typing import Any
 
 from agent.discovery.base import Mode, Source
 from agent.discovery.cluster import Change, Service, Task, TaskState
-from agent.discovery.docker_api import CALLS, Filters
+from agent.discovery.docker_api import CALLS, Filters, elements
 from agent.discovery.swarm_watch import Transaction
 from agent.errors import DiscoveryError, DockerRefused
 from agent.model import EMPTY, Instance, SourceSnapshot, Workload
@@ -104,6 +104,9 @@ class FakeEngine:
         if path == "/tasks" and filters:
             answer = [task for task in answer if _matches(task, filters)]
         return json.dumps(answer).encode()
+
+    def each(self, path: str) -> Iterator[dict[str, Any]]:
+        return elements([self.get(path)], path)
 
     def connect_network(self, network: str, container: str) -> None:
         self.attached.append((network, container))

@@ -18,7 +18,7 @@ import pytest
 
 from agent.config.settings import Settings
 from agent.discovery import build_sources, docker_api
-from agent.discovery.docker_api import CALLS, Connector, DockerEngine, addresses, read
+from agent.discovery.docker_api import CALLS, Connector, DockerEngine, addresses, elements, read
 from agent.errors import DiscoveryError, DockerRefused, DockerUnavailable
 from tests.unit.discovery_fakes import following, recorded, swarm_engine
 from tests.unit.test_driver_tls import authority, certificate
@@ -467,3 +467,30 @@ def test_the_one_call_that_writes(dockerd: Dockerd) -> None:
     with pytest.raises(DockerRefused, match="POST /networks/none/connect: page not found"):
         engine.connect_network("none", "abc")
     engine.close()
+
+
+def in_pieces(text: str, size: int) -> list[bytes]:
+    data = text.encode()
+    return [data[at : at + size] for at in range(0, len(data), size)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+@pytest.mark.parametrize("items", [[], [{}], [{"a": "},{ü]"}, {"b": [{"c": 1}, "]"]}] * 3])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_list_that_comes_in_pieces_is_read_object_by_object(size, items, indent):
+    text = json.dumps(items, indent=indent, ensure_ascii=False) + "\n"
+    assert list(elements(in_pieces(text, size), "/tasks")) == items
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "null", "{}", "[1]", '[{"a":1}', '[{"a":1},', '[{"a":1},]', '[{"a":', "[{}]x", "[{} {}]"],
+)
+@pytest.mark.parametrize("size", [1, 1000])
+def test_what_is_no_whole_list_is_no_list(text, size):
+    with pytest.raises(DockerUnavailable, match="/tasks"):
+        list(elements(in_pieces(text, size), "/tasks"))
+
+
+def test_a_long_list_is_given_before_it_is_whole():
+    assert next(elements(iter([b'[{"a":1},{"b"']), "/tasks")) == {"a": 1}

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import queue
-import select
-import socket
-import ssl
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from concurrent import futures
-from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -19,10 +12,11 @@ import pytest
 
 from agent.discovery.cluster import Change, Network, Node, Service, Task, TaskState
 from agent.discovery.proto import watch_pb2 as pb
-from agent.discovery.swarm_watch import METHOD, opener
+from agent.discovery.swarm_watch import opener
 from agent.discovery.tls_relay import TlsRelay
 from agent.errors import WatchCompacted, WatchUnavailable
 from agent.model import PublishedPort
+from tests.watch_manager import Manager, self_signed
 
 ROOT = Path(__file__).parents[2]
 OVERLAY = pb.Network(
@@ -32,110 +26,6 @@ OVERLAY = pb.Network(
         annotations=pb.Annotations(name="edge"), driver_config=pb.Driver(name="overlay")
     ),
 )
-
-
-class Manager:
-    """The Watch service of a manager, as far as a client can tell."""
-
-    def __init__(self, directory: Path, *, alpn: bool = True) -> None:
-        self.socket = str(directory / "control.sock")
-        self.requests: list[pb.WatchRequest] = []
-        self.compacted = False
-        self.silent = threading.Event()
-        self._messages: queue.SimpleQueue[pb.WatchMessage | None] = queue.SimpleQueue()
-        self.root = _certificate(directory, "swarm-manager")
-        self._server = grpc.server(futures.ThreadPoolExecutor(4))
-        self._server.add_generic_rpc_handlers((_Handlers(self._watch),))
-        if alpn:
-            pair = ((directory / "key.pem").read_bytes(), self.root.encode())
-            credentials = grpc.ssl_server_credentials([pair])
-            self._server.add_secure_port(f"unix:{self.socket}", credentials)
-        else:
-            plain = str(directory / "plain.sock")
-            self._server.add_insecure_port(f"unix:{plain}")
-            listener = socket.socket(socket.AF_UNIX)
-            listener.bind(self.socket)
-            listener.listen()
-            threading.Thread(
-                target=_terminate_tls, args=(directory, listener, plain), daemon=True
-            ).start()
-        self._server.start()
-
-    def send(self, *events: tuple[int, pb.Object], version: int = 0) -> None:
-        items = [pb.WatchMessage.Event(action=action, object=o) for action, o in events]
-        self._messages.put(pb.WatchMessage(events=items, version=pb.Version(index=version)))
-
-    def end(self) -> None:
-        self._messages.put(None)
-
-    def stop(self) -> None:
-        self.end()
-        self._server.stop(0).wait()
-
-    def _watch(
-        self, request: pb.WatchRequest, context: grpc.ServicerContext
-    ) -> Iterator[pb.WatchMessage]:
-        self.requests.append(request)
-        if self.compacted and request.resume_from.index:
-            context.abort(grpc.StatusCode.UNKNOWN, "changes are no longer available")
-        if self.silent.is_set():
-            self._messages.get()
-            return
-        yield pb.WatchMessage()
-        while (message := self._messages.get()) is not None:
-            yield message
-
-
-def _terminate_tls(directory: Path, listener: socket.socket, plain: str) -> None:
-    """What a manager is that has renewed its certificate: TLS without a word about HTTP/2."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(directory / "cert.pem", directory / "key.pem")
-    with listener:
-        outside = context.wrap_socket(listener.accept()[0], server_side=True)
-    assert outside.selected_alpn_protocol() is None
-    outside.setblocking(False)
-    inside = socket.socket(socket.AF_UNIX)
-    inside.connect(plain)
-    with outside, inside:
-        while True:
-            select.select([outside, inside], [], [])
-            inside.setblocking(False)
-            for source, sink in ((outside, inside), (inside, outside)):
-                with suppress(ssl.SSLWantReadError, BlockingIOError):
-                    while True:
-                        data = source.recv(65536)
-                        if not data:
-                            return
-                        sink.sendall(data)
-
-
-class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
-    def __init__(self, watch: object) -> None:
-        self._watch = watch
-
-    def service(self, details: grpc.HandlerCallDetails) -> object:
-        if details.method != METHOD:
-            return None
-        return grpc.unary_stream_rpc_method_handler(
-            self._watch,
-            request_deserializer=pb.WatchRequest.FromString,
-            response_serializer=pb.WatchMessage.SerializeToString,
-        )
-
-
-def _certificate(directory: Path, name: str) -> str:
-    directory.mkdir(exist_ok=True)
-    command = (
-        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -batch"
-        f" -subj /CN={name} -addext subjectAltName=DNS:{name} -keyout key.pem -out cert.pem"
-    )
-    subprocess.run(
-        command.split(),
-        cwd=directory,
-        check=True,
-        capture_output=True,
-    )
-    return (directory / "cert.pem").read_text()
 
 
 @pytest.fixture(name="manager")
@@ -302,7 +192,7 @@ def test_a_manager_that_does_not_confirm_is_not_waited_for_for_ever(manager: Man
 
 
 def test_a_certificate_of_another_ca_is_refused(manager: Manager, tmp_path: Path) -> None:
-    other = _certificate(tmp_path / "other", "swarm-manager")
+    other = self_signed(tmp_path / "other", "swarm-manager")
     with pytest.raises(WatchUnavailable, match="certificate is not the cluster's"):
         opener(manager.socket, timeout=5)(other, 0)
     assert manager.requests == []
