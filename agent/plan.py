@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pydantic import BaseModel, ConfigDict, Field
 
 from agent import policies
-from agent.driver.openresty import Build
 from agent.driver.parts import Connect, Rendered, Renderer, diff
 from agent.driver.targets import Target
 from agent.errors import DriverError
@@ -24,6 +23,7 @@ from agent.model import (
     Location,
     Membership,
     Peer,
+    Policy,
     Rejection,
     Site,
     Upstream,
@@ -217,7 +217,7 @@ def plan(
     lingering = running.lingering(desired)
     wanted = Membership({**desired.membership.upstreams, **{item.name: item for item in lingering}})
     site, gone = _with_lingering(desired.site, running.lingering_hosts(lingering))
-    rendered: dict[Build, tuple[Rendered, Rendered]] = {}
+    rendered: dict[int, tuple[Rendered, Rendered]] = {}
     result = []
     for target in targets:
         client = connect(target)
@@ -230,12 +230,12 @@ def plan(
             continue
         finally:
             client.close()
-        if status.build not in rendered:
-            rendered[status.build] = (
-                renderer.render(site, status.build),
-                renderer.render(gone, status.build),
+        if status.nginx_version not in rendered:
+            rendered[status.nginx_version] = (
+                renderer.render(site, status.nginx_version),
+                renderer.render(gone, status.nginx_version),
             )
-        fresh, past = rendered[status.build]
+        fresh, past = rendered[status.nginx_version]
         quarantined = running.quarantined(target)
         kept = {*past.hosts, *(file for file, host in fresh.hosts.items() if host in quarantined)}
         files = _keep(kept, fresh.files, runs)
@@ -331,22 +331,15 @@ def _change(before: Upstream | None, after: Upstream) -> UpstreamChange:
         elif old[key] != new[key]:
             found.append(f"~ {_peer(old[key])} -> {_peer(new[key])}")
     if before.policy != after.policy:
-        old_policy, new_policy = policies.to_json(before.policy), policies.to_json(after.policy)
-        found += [
-            f"~ {key} {_told(old_policy.get(key))} -> {_told(new_policy.get(key))}"
-            for key in sorted(old_policy.keys() | new_policy.keys())
-            if old_policy.get(key) != new_policy.get(key)
-        ]
+        found.append(f"~ policy {_policy(before.policy)} -> {_policy(after.policy)}")
     if before.hold != after.hold:
         found.append(f"~ hold {before.hold:g} s -> {after.hold:g} s")
     return UpstreamChange(after.name, "changed", tuple(found))
 
 
-def _told(value: object) -> str:
-    """A field of a policy; what it does not say is as usual."""
-    if value is None:
-        return "default"
-    return value if isinstance(value, str) else json.dumps(value)
+def _policy(policy: Policy) -> str:
+    rest = {key: value for key, value in policies.to_json(policy).items() if key != "algorithm"}
+    return f"{policy.algorithm} {json.dumps(rest)}" if rest else str(policy.algorithm)
 
 
 def _peer(peer: Peer) -> str:

@@ -28,7 +28,7 @@ from agent.model import (
 
 PROXY_LABEL = "interlock.ext.name"
 PROXY_VALUES = frozenset({"nginx", "haproxy"})
-"""What Interlock called its two kinds of proxy; an OpenResty takes the place of either."""
+"""Interlock's two; both proxies are OpenResty now, and keep their labels."""
 STACK_LABEL = "com.docker.stack.namespace"
 
 

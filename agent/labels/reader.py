@@ -50,6 +50,9 @@ class Reader:
         self._subject = subject
         self._source = source
         self._bad: set[str] = set()
+        self._elements: dict[str, list[str]] = {}
+        for key in values:
+            self._elements.setdefault(base_of(key), []).append(key)
 
     def has(self, option: str) -> bool:
         """Whether that option is given."""
@@ -57,7 +60,7 @@ class Reader:
 
     def any_of(self, options: frozenset[str]) -> bool:
         """Whether one of these options is given, or an element of a list of that name."""
-        return any(option in options or base_of(option) in options for option in self.values)
+        return not options.isdisjoint(self._elements)
 
     def label(self, option: str) -> str:
         """The label of an option, as it is written or would be."""
@@ -109,8 +112,7 @@ class Reader:
 
     def written(self, option: str) -> Iterator[Written]:
         """The labels `option` and `option.<suffix>`, numbers in order; lists taken apart."""
-        keys = [key for key in self.values if base_of(key) == option]
-        for key in sorted(keys, key=_natural):
+        for key in sorted(self._elements.get(option, ()), key=_natural):
             written = self.values[key]
             if option not in self.dialect.lists:
                 yield written

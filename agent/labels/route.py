@@ -285,9 +285,10 @@ def _front(reader: Reader, context_root: str, *, to_tls: bool) -> _Front:
     if reader.dialect.secrets and tls is None and (certificate or key):
         tls = True
     if (only or to_tls) and tls is False:
+        which = reader.label("ssl_only" if only else "redirects")
         reader.reject(
             Reason.INVALID_LABEL,
-            f"{reader.label('ssl_only' if only else 'redirects')} is on while {reader.label('ssl')} is off.",
+            f"{which} asks for TLS while {reader.label('ssl')} is off.",
             f"Remove {reader.label('ssl')} (the other implies it), or turn the other off.",
         )
     if verify is VerifyClient.REQUIRED and only is False:

@@ -77,14 +77,16 @@ def test_each_kind_of_change_has_its_line(nginx):
     nginx.membership = Membership({"a/": before, "b/": upstream("b/", "10.0.0.9")})
     one = replace(before.peers[0], weight=5)
     new = upstream("a/", "10.0.0.3", draining=()).peers[0]
-    after = replace(before, peers=(one, new), policy=Policy(Algorithm.LEAST_CONN), hold=15.0)
+    after = replace(
+        before, peers=(one, new), policy=Policy(Algorithm.LEAST_CONN, slow_start=5.0), hold=15.0
+    )
     result = planned(nginx, Desired(Membership({"a/": after}), site("a"), ()))
     changed, removed = result.upstreams
     assert changed.lines == (
         "~ task-10.0.0.1 10.0.0.1:8080 up -> task-10.0.0.1 10.0.0.1:8080 up weight 5",
         "- task-10.0.0.2 10.0.0.2:8080 up",
         "+ task-10.0.0.3 10.0.0.3:8080 up",
-        "~ algorithm round_robin -> least_conn",
+        '~ policy round_robin -> least_conn {"slow_start": 5.0}',
         "~ hold 0 s -> 15 s",
     )
     assert (removed.name, removed.change) == ("b/", "removed")
