@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pydantic import BaseModel, ConfigDict, Field
 
 from agent import policies
+from agent.driver.openresty import Build
 from agent.driver.parts import Connect, Rendered, Renderer, diff
 from agent.driver.targets import Target
 from agent.errors import DriverError
@@ -217,7 +218,7 @@ def plan(
     lingering = running.lingering(desired)
     wanted = Membership({**desired.membership.upstreams, **{item.name: item for item in lingering}})
     site, gone = _with_lingering(desired.site, running.lingering_hosts(lingering))
-    rendered: dict[int, tuple[Rendered, Rendered]] = {}
+    rendered: dict[Build, tuple[Rendered, Rendered]] = {}
     result = []
     for target in targets:
         client = connect(target)
@@ -230,12 +231,12 @@ def plan(
             continue
         finally:
             client.close()
-        if status.nginx_version not in rendered:
-            rendered[status.nginx_version] = (
-                renderer.render(site, status.nginx_version),
-                renderer.render(gone, status.nginx_version),
+        if status.build not in rendered:
+            rendered[status.build] = (
+                renderer.render(site, status.build),
+                renderer.render(gone, status.build),
             )
-        fresh, past = rendered[status.nginx_version]
+        fresh, past = rendered[status.build]
         quarantined = running.quarantined(target)
         kept = {*past.hosts, *(file for file, host in fresh.hosts.items() if host in quarantined)}
         files = _keep(kept, fresh.files, runs)
