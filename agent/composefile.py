@@ -83,6 +83,8 @@ class Service:
         labels: of the container; `deploy_labels` are those of the Swarm service.
         networks: keys of the networks it names; None where it names none.
         replicas: None where nothing is said.
+        secrets: paths at which Docker secrets are mounted.
+        hostname, domainname: the name that its container has for itself.
         swarm_keys: keys of its deploy section that mean something to a Swarm only.
         mode: `replicated`, `global`, or a job's.
         unclear: a construct that decides how it is reached and is not understood; None for none.
@@ -99,6 +101,10 @@ class Service:
     container_name: str = ""
     replicas: int | None = None
     mode: str = "replicated"
+    endpoint_mode: str = "vip"
+    secrets: tuple[str, ...] = ()
+    hostname: str = ""
+    domainname: str = ""
     swarm_keys: tuple[str, ...] = ()
     unclear: Remark | None = None
 
@@ -228,6 +234,10 @@ def _merge(base: Service, over: Service) -> Service:
         container_name=over.container_name or base.container_name,
         replicas=base.replicas if over.replicas is None else over.replicas,
         mode=over.mode if over.mode != "replicated" else base.mode,
+        endpoint_mode=over.endpoint_mode if over.endpoint_mode != "vip" else base.endpoint_mode,
+        secrets=tuple(dict.fromkeys((*base.secrets, *over.secrets))),
+        hostname=over.hostname or base.hostname,
+        domainname=over.domainname or base.domainname,
         swarm_keys=tuple(sorted({*base.swarm_keys, *over.swarm_keys})),
         unclear=over.unclear or base.unclear,
     )
@@ -562,6 +572,10 @@ class _Reader:
             container_name=self._text(body.get("container_name")),
             replicas=self._replicas(deploy_body.get("replicas") or body.get("scale")),
             mode=self._text(deploy_body.get("mode")) or "replicated",
+            endpoint_mode=self._text(deploy_body.get("endpoint_mode")) or "vip",
+            secrets=tuple(self._secrets(body.get("secrets"), f"services.{key}.secrets")),
+            hostname=self._text(body.get("hostname")),
+            domainname=self._text(body.get("domainname")),
             swarm_keys=tuple(key for key in _SWARM_KEYS if key in deploy_body.items),
             unclear=self._unclear(key, body),
         )
@@ -765,6 +779,15 @@ class _Reader:
             number, _, protocol = self._text(item).partition("/")
             if protocol in ("", "tcp"):
                 yield from _range(number, item.place, where)
+
+    def _secrets(self, value: _Value | None, where: str) -> Iterator[str]:
+        """The paths at which secrets are mounted; a relative one is below /run/secrets."""
+        for item in self._list(value, where):
+            if isinstance(item, _Map):
+                name = self._text(item.get("target")) or self._text(item.get("source"))
+            else:
+                name = self._text(item)
+            yield name if name.startswith("/") else f"/run/secrets/{name}"
 
     def _replicas(self, value: _Value | None) -> int | None:
         text = self._text(value)

@@ -15,16 +15,29 @@ from enum import StrEnum
 from types import MappingProxyType
 
 from agent import composefile
-from agent.compile import Examined, Route, Way, compile_snapshot, examine, proxy_containers
+from agent.compile import (
+    DEFAULT,
+    Claim,
+    Examined,
+    Route,
+    Way,
+    compile_snapshot,
+    examine,
+    proxy_containers,
+    told,
+)
 from agent.composefile import Kind, Label, Place, Project, Service
 from agent.config.settings import Settings
 from agent.discovery.cluster import PROXY_LABEL, PROXY_VALUES, STACK_LABEL
 from agent.discovery.containers import PROJECT_LABEL
 from agent.labels import Reason, subject_of
+from agent.labels.declaration import DOCKER_LB, INTERLOCK, Dialect
 from agent.model import (
     Attachment,
+    Host,
     Instance,
     InstanceState,
+    Location,
     ProxyInstance,
     PublishedPort,
     Rejection,
@@ -40,7 +53,10 @@ _ADDRESS = "192.0.2.1"
 _ANY_PORT = 32768
 """Stands for the port that Docker will choose."""
 
-_ROUTING = ("interlock.", "com.docker.lb.")
+_VIP = "192.0.2.2"
+"""Stands for the virtual IP that a service will have."""
+
+_DIALECTS = (INTERLOCK, DOCKER_LB)
 _NODE_NETWORKS = ("host", "bridge", "none")
 _NODE_DRIVERS = ("host", "bridge", "none", "null", "macvlan", "ipvlan")
 
@@ -82,7 +98,9 @@ class Line:
     """A route that a service would get.
 
     Attributes:
+        host: empty for the default backend and for a TCP port.
         over: how its instances are reached, and on which port, for people.
+        options: what else there is to say of it, for people.
         shared_with: keys of other services whose instances serve the very same.
     """
 
@@ -91,11 +109,17 @@ class Line:
     port: int | None
     network: str
     over: str
+    what: str
+    tcp_port: int | None = None
+    default_backend: bool = False
     tls: bool = False
     tls_only: bool = False
     certificate: str = ""
+    passthrough: bool = False
     rewrite: bool = False
     backend_tls: bool = False
+    canary: bool = False
+    redirect: str = ""
     shared_with: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, object]:
@@ -103,20 +127,30 @@ class Line:
         return {
             "host": self.host,
             "path": self.path,
+            "default_backend": self.default_backend,
+            "tcp_port": self.tcp_port,
             "port": self.port,
             "network": self.network,
             "tls": self.tls,
             "tls_only": self.tls_only,
             "certificate": self.certificate,
+            "passthrough": self.passthrough,
             "rewrite": self.rewrite,
             "backend_tls": self.backend_tls,
+            "canary": self.canary,
+            "redirect": self.redirect,
             "shared_with": list(self.shared_with),
         }
 
     def __str__(self) -> str:
-        scheme = "https" if self.tls else "http"
-        parts = [f"{scheme}://{self.host}{self.path} -> {self.over}"]
-        if self.tls_only:
+        scheme = "https" if self.tls or self.passthrough else "http"
+        what = f"{scheme}://{self.host}{self.path}" if self.host else self.what
+        if self.redirect:
+            return f"{what} is redirected to {self.redirect}"
+        parts = [f"{what} -> {self.over}"]
+        if self.passthrough:
+            parts.append("TLS is passed through unopened")
+        elif self.tls_only:
             parts.append("plain HTTP is redirected to TLS")
         elif self.tls:
             parts.append("plain HTTP too")
@@ -124,6 +158,8 @@ class Line:
             parts.append(f"{self.path} is taken off")
         if self.backend_tls:
             parts.append("TLS to the backend")
+        if self.canary:
+            parts.append("as its canary")
         if self.shared_with:
             parts.append(f"together with {', '.join(self.shared_with)}")
         return "; ".join(parts)
@@ -243,7 +279,11 @@ class _Linter:
             for index, service in enumerate(project.services)
             if service.unclear is None and not service.mode.endswith("-job")
         }
-        self._by_id = {work.instances[0].id: key for key, work in self._workloads.items()}
+        self._by_id = {
+            identity: key
+            for key, work in self._workloads.items()
+            for identity in (work.instances[0].id, work.key.id)
+        }
         named = {name for service in self._proxies for name in self._reachable(service)}
         named |= set(proxy_networks)
         known = bool(self._proxies or proxy_networks)
@@ -365,6 +405,11 @@ class _Linter:
             wanted=1,
             stack=self._project.name,
             host_ports_only=on_host or (self._stack and not networks),
+            vips=tuple(Attachment(network, _VIP) for network in networks)
+            if self._stack and service.endpoint_mode == "vip"
+            else (),
+            hostname="" if self._stack else service.hostname,
+            domainname="" if self._stack else service.domainname,
         )
 
     def _plain(self, labels: Mapping[str, Label]) -> dict[str, str]:
@@ -388,11 +433,12 @@ class _Linter:
         else:
             examined = self._examined(workload)
             routes = tuple(self._lines(workload, examined))
-            told = [self._finding(service, workload, item) for item in self._refused(examined)]
-            findings += told
+            refused = [self._finding(service, workload, item) for item in self._refused(examined)]
+            findings += refused
             findings += self._open_questions(service, examined)
             outcome = Outcome.ROUTED if routes else Outcome.REJECTED
-            if not routes and not any(item.level is Level.REJECTED for item in told):
+            levels = {item.level for item in refused}
+            if not routes and Level.WARNING in levels and Level.REJECTED not in levels:
                 outcome = Outcome.UNKNOWN
         return Verdict(
             key=service.key,
@@ -404,10 +450,9 @@ class _Linter:
         )
 
     def _asks(self, service: Service) -> bool:
-        return any(
-            label.lower().startswith(_ROUTING) and label not in (PROXY_LABEL, "interlock.app")
-            for label in self._labels(service)
-        )
+        if self._settings.hostname_fallback and not self._stack and service.domainname:
+            return True
+        return any(_asks(label) for label in self._labels(service))
 
     def _examined(self, workload: Workload) -> Examined:
         return examine(
@@ -425,8 +470,10 @@ class _Linter:
 
     def _finding(self, service: Service, workload: Workload, rejection: Rejection) -> Finding:
         message, hint, level = rejection.message, rejection.hint, Level.REJECTED
-        if rejection.reason == Reason.LABEL_IGNORED:
+        if rejection.reason in (Reason.LABEL_IGNORED, Reason.MIRROR_UNKNOWN):
             level = Level.WARNING
+        elif rejection.reason == Reason.OTHER_CLUSTER:
+            level = Level.NOTE
         elif self._depends_on_image(workload, rejection):
             level = Level.WARNING
             message += " What its image exposes is not known here."
@@ -462,8 +509,8 @@ class _Linter:
         for name in found:
             if name in labels:
                 return labels[name].place
-        routing = [item.place for name, item in labels.items() if name.startswith(_ROUTING)]
-        return min(routing, key=lambda place: place.line) if routing else service.place
+        routing = [item.place for name, item in labels.items() if _asks(name)]
+        return min(routing, key=_line_of) if routing else service.place
 
     def _lines(self, workload: Workload, examined: Examined) -> Iterator[Line]:
         for route in examined.routes:
@@ -474,36 +521,67 @@ class _Linter:
 
     def _line(self, workload: Workload, route: Route, name: str) -> Line | None:
         """The route by one of its names, None where others hold that."""
+        root = route.claim.root(name)
         host = self._hosts.get(name)
-        root = route.claim.declaration.context_root
-        location = (
-            next((item for item in host.locations if item.path == root), None) if host else None
-        )
-        upstream = self._desired.membership.upstreams.get(location.upstream) if location else None
-        if host is None or location is None or upstream is None:
+        location = self._location(host, name, root)
+        upstream = location.upstream if location is not None else f"{name}{root}"
+        serving, canary = self._serving(upstream, workload)
+        if not serving:
             return None
-        serving = [peer.id for peer in upstream.peers]
-        if workload.instances[0].id not in serving:
-            return None
-        return Line(
-            host=name,
+        plain = Line(
+            host=name if host is not None else "",
             path=root,
             port=route.reach.port,
             network=route.reach.network,
             over=_over(route),
-            tls=host.tls is not None,
+            what=told(name, root),
+            tcp_port=route.claim.declaration.tcp_port if location is None else None,
+            default_backend=name == DEFAULT,
+            canary=canary,
+            shared_with=tuple(sorted(serving - {self._by_id[workload.key.id]})),
+        )
+        if location is None:
+            return plain
+        redirects = host.redirects if host is not None else ()
+        tls = host.tls if host is not None else None
+        return replace(
+            plain,
+            tls=tls is not None,
             tls_only=location.tls_only,
-            certificate=host.tls.certificate if host.tls else "",
+            certificate=tls.certificate if tls is not None else "",
+            passthrough=bool(host is not None and host.passthrough),
             rewrite=location.rewrite,
             backend_tls=location.backend_tls is not None,
-            shared_with=tuple(
-                sorted(
-                    self._by_id[peer]
-                    for peer in serving
-                    if peer in self._by_id and peer != workload.instances[0].id
-                )
-            ),
+            redirect=next((item.target for item in redirects if item.host == name), ""),
         )
+
+    def _location(self, host: Host | None, name: str, root: str) -> Location | None:
+        locations = host.locations if host is not None else ()
+        if name == DEFAULT:
+            locations = self._desired.site.default
+        return next((item for item in locations if item.path == root), None)
+
+    def _serving(self, name: str, workload: Workload) -> tuple[set[str], bool]:
+        """Keys of the services behind an upstream that has the workload, or behind its canary.
+
+        Returns:
+            Nothing where it is in neither; and whether it is in the canary.
+        """
+        upstreams = self._desired.membership.upstreams
+        found = upstreams.get(name)
+        names = [name]
+        if found is not None and found.policy.canary is not None:
+            names.append(found.policy.canary.upstream)
+        for each in names:
+            upstream = upstreams.get(each)
+            keys = {self._key_of(peer.id) for peer in (upstream.peers if upstream else ())}
+            if self._by_id[workload.key.id] in keys:
+                return keys, each != name
+        return set(), False
+
+    def _key_of(self, peer: str) -> str:
+        """The service that a peer is of: one of its tasks, or its virtual IP."""
+        return self._by_id.get(peer) or self._by_id[peer.removesuffix("-vip")]
 
     # what is easily got wrong
 
@@ -529,6 +607,7 @@ class _Linter:
                 service.place,
             )
         for route in examined.routes:
+            yield from self._secrets_not_there(service, route.claim)
             if (
                 route.claim.declaration.port is None
                 and route.reach.way is Way.NETWORK
@@ -537,11 +616,28 @@ class _Linter:
                 yield Finding(
                     Level.WARNING,
                     "port_of_image",
-                    f"{route.claim.declaration.host}: port {route.reach.port} is the lowest one "
+                    f"{route.claim.declaration.what}: port {route.reach.port} is the lowest one "
                     "that the file declares; if its image exposes a lower one, that is taken.",
-                    "Name the port in the label interlock.port.",
+                    f"Name the port in the label {route.claim.declaration.label('port')}.",
                     service.place,
                 )
+
+    def _secrets_not_there(self, service: Service, claim: Claim) -> Iterator[Finding]:
+        """Docker secrets that a route names and that OpenResty, in these files, does not have."""
+        directory = self._settings.extension.secret_path("")
+        mounted = {path for proxy in self._proxies for path in proxy.secrets}
+        tls, backend = claim.tls, claim.backend_tls
+        paths = [tls.certificate, tls.key, tls.client_ca] if tls is not None else []
+        paths += [backend.ca, backend.certificate, backend.key] if backend is not None else []
+        lost = sorted({path for path in paths if path.startswith(directory)} - mounted)
+        if lost and self._proxies:
+            yield Finding(
+                Level.WARNING,
+                "secret_not_mounted",
+                f"{claim.declaration.what}: OpenResty has no secret at {', '.join(lost)}.",
+                "Mount it in OpenResty's service, under secrets.",
+                self._labels(service).get(claim.declaration.label("ssl_cert"), service).place,
+            )
 
     def _stumbles(self, service: Service) -> Iterator[Finding]:
         if self._stack:
@@ -572,7 +668,7 @@ class _Linter:
                     "Remove one of the two.",
                     mine.place,
                 )
-        if on_container - _routing(service.deploy_labels):
+        if self._asks(service) and on_container - _routing(service.deploy_labels):
             first = min((service.labels[name].place for name in on_container), key=_line_of)
             yield Finding(
                 Level.NOTE,
@@ -617,7 +713,24 @@ def _line_of(place: Place) -> tuple[str, int]:
 
 
 def _routing(labels: Iterable[str]) -> set[str]:
-    return {name for name in labels if name.lower().startswith(_ROUTING)}
+    return {name for name in labels if _dialect_of(name) is not None}
+
+
+def _dialect_of(label: str) -> Dialect | None:
+    return next((item for item in _DIALECTS if label.lower().startswith(item.prefix)), None)
+
+
+def _asks(label: str) -> bool:
+    """Whether a label is about a route."""
+    dialect = _dialect_of(label)
+    if dialect is None:
+        return False
+    return label[len(dialect.prefix) :].split(".", 1)[0] not in dialect.silent
+
+
+_LABEL = re.compile(
+    rf"(?<![\w.-])(?:{'|'.join(re.escape(item.prefix) for item in _DIALECTS)})[\w.-]*\w"
+)
 
 
 def _over(route: Route) -> str:

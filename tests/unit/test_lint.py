@@ -26,6 +26,7 @@ from agent.model import (
     WorkloadKey,
     WorkloadKind,
 )
+from tests.unit.clusters import check_golden
 
 
 def read(*texts: str, environment: Mapping[str, str] | None = None, **more) -> Project:
@@ -485,6 +486,97 @@ class TestStack:
         assert of(judge(unmarked), "openresty").outcome is Outcome.SILENT
 
 
+class TestOptions:
+    """What the dialects have beside hosts, as far as a file tells."""
+
+    def judged(self, labels: str, **more) -> Verdict:
+        body = STACK.replace(
+            '        interlock.port: "8080"\n', f'        interlock.port: "8080"\n{labels}'
+        )
+        return of(judge(body, **more), "web")
+
+    def test_several_routes_of_one_service(self):
+        web = self.judged(
+            "        interlock.admin.hostname: admin\n        interlock.admin.port: '9090'\n"
+        )
+        assert [(line.host, line.port) for line in web.routes] == [
+            ("www.example.com", 8080),
+            ("admin.example.com", 9090),
+        ]
+
+    def test_a_tcp_port(self):
+        web = self.judged("        interlock.tcp_port: '5432'\n")
+        assert str(web.routes[-1]) == "TCP port 5432 -> port 8080 over shop_edge"
+        assert web.routes[-1].tcp_port == 5432
+
+    def test_passthrough_and_the_default_backend(self):
+        web = self.judged("        interlock.ssl_passthrough: 'true'\n")
+        assert str(web.routes[0]).endswith("over shop_edge; TLS is passed through unopened")
+        web = self.judged("        interlock.default_backend: 'true'\n")
+        assert [line.default_backend for line in web.routes] == [False, True]
+
+    def test_a_canary_is_told_as_one(self):
+        canary = (
+            "services:\n  next:\n    networks: [edge]\n    deploy:\n      labels:\n"
+            "        interlock.hostname: www\n        interlock.domain: example.com\n"
+            "        interlock.port: 8080\n        interlock.canary.weight: 10\n"
+        )
+        report = judge(STACK, canary)
+        assert str(of(report, "next").routes[0]).endswith("over shop_edge; as its canary")
+        assert of(report, "web").routes[0].shared_with == ()
+
+    def test_a_virtual_ip_and_a_service_that_has_none(self):
+        vip = "        interlock.backend_mode: vip\n"
+        assert self.judged(vip).outcome is Outcome.ROUTED
+        without = STACK.replace("      replicas: 2\n", "      endpoint_mode: dnsrr\n").replace(
+            '        interlock.port: "8080"\n', f'        interlock.port: "8080"\n{vip}'
+        )
+        assert reasons(of(judge(without), "web")) == ["no_vip"]
+
+    def test_another_cluster_is_a_note_and_no_failure(self):
+        web = self.judged("        interlock.service_cluster: east\n")
+        assert (web.outcome, reasons(web)) == (Outcome.REJECTED, [])
+        assert reasons(web, Level.NOTE) == ["other_cluster"]
+        east = Settings(service_clusters=("east",))
+        assert self.judged("        interlock.service_cluster: east\n", settings=east).routes
+
+    def test_a_mirror_that_is_not_in_the_files_is_a_warning(self):
+        web = self.judged("        interlock.mirror: shadow.example.com\n")
+        assert (web.outcome, reasons(web)) == (Outcome.ROUTED, [])
+        assert reasons(web, Level.WARNING) == ["mirror_unknown"]
+
+    @pytest.mark.parametrize(
+        ("mounted", "lost"),
+        [
+            ("", "/run/secrets/cert, /run/secrets/key"),
+            ("    secrets: [cert, {source: k, target: key}]\n", ""),
+            ("    secrets: [{source: cert, target: /run/secrets/cert}]\n", "/run/secrets/key"),
+        ],
+    )
+    def test_secrets_that_openresty_does_not_have(self, mounted: str, lost: str):
+        text = (
+            "services:\n  web:\n    networks: [edge]\n    deploy:\n      labels:\n"
+            "        com.docker.lb.hosts: a.test\n        com.docker.lb.port: 80\n"
+            "        com.docker.lb.ssl_cert: cert\n        com.docker.lb.ssl_key: key\n"
+            f"  openresty:\n{mounted}    networks: [edge]\n    deploy: "
+            "{ labels: { interlock.ext.name: nginx } }\nnetworks: {edge: }\n"
+        )
+        web = of(judge(text), "web")
+        assert web.routes[0].tls
+        told = [item.message for item in web.findings if item.reason == "secret_not_mounted"]
+        assert told == ([f"a.test: OpenResty has no secret at {lost}."] if lost else [])
+
+    def test_a_containers_own_name_where_that_is_switched_on(self):
+        text = (
+            "services: {web: {hostname: www, domainname: example.com, expose: [80],"
+            " networks: [edge]}}\nnetworks: {edge: }"
+        )
+        settings = Settings(hostname_fallback=True)
+        on = of(judge(text, settings=settings, proxy_networks=["shop_edge"]), "web")
+        assert on.routes[0].host == "www.example.com"
+        assert of(judge(text), "web").outcome is Outcome.SILENT
+
+
 COMPOSE = """\
 services:
   web:
@@ -580,6 +672,18 @@ def tidegate(*arguments: object, **more) -> Result:
     return result
 
 
+DOCUMENTED = Path(__file__).parent / "fixtures" / "documented"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in DOCUMENTED.glob("*.yml")))
+def test_golden_documented(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interlock's documented examples in both dialects: what is told of each, word for word."""
+    monkeypatch.chdir(DOCUMENTED)
+    environment = {"SWARM_HOST": "tcp://192.0.2.1:3376"}
+    result = tidegate("--name", "mystack", f"{name}.yml", env=environment)
+    check_golden(f"lint/{name}.txt", f"{result.stdout}exit code {result.exit_code}\n")
+
+
 class TestCommand:
     @pytest.fixture
     def stack(self, tmp_path: Path) -> Path:
@@ -628,13 +732,18 @@ class TestCommand:
             {
                 "host": "www.example.com",
                 "path": "/",
+                "default_backend": False,
+                "tcp_port": None,
                 "port": 8080,
                 "network": "shop_edge",
                 "tls": False,
                 "tls_only": False,
                 "certificate": "",
+                "passthrough": False,
                 "rewrite": False,
                 "backend_tls": False,
+                "canary": False,
+                "redirect": "",
                 "shared_with": [],
             }
         ]
