@@ -85,8 +85,7 @@ class Status:
         instance: id of the running OpenResty, new at each start.
         source: where its membership came from: "push", "disk" or "none".
         build: what its nginx is.
-        certificates_serial: changes when a problem with a certificate comes or goes; None from an
-            instance that does not tell.
+        certificates_serial: grows when a problem with a certificate comes or goes.
     """
 
     instance: str
@@ -98,7 +97,7 @@ class Status:
     peers: int = 0
     source: str = ""
     build: Build = Build()
-    certificates_serial: int | None = None
+    certificates_serial: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
     dict_capacity: int = 0
     dict_free: int = 0
@@ -439,7 +438,7 @@ def _status(answer: Mapping[str, Any]) -> Status:
                 nginx_version=int(answer.get("nginx_version") or 0),
                 features=frozenset(str(item) for item in answer.get("features") or ()),
             ),
-            certificates_serial=answer.get("certificates_serial"),
+            certificates_serial=int(answer.get("certificates_serial") or 0),
             versions={str(k): str(v) for k, v in (answer.get("versions") or {}).items()},
             dict_capacity=int(room.get("capacity_bytes") or 0),
             dict_free=int(room.get("free_bytes") or 0),

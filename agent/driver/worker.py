@@ -448,13 +448,15 @@ class Worker:
 
     def _look_at_certificates(self, status: Status) -> None:
         """Ask what is wrong with certificates, if that has changed."""
-        serial = status.certificates_serial
-        if serial is None or (status.instance, serial) == self._problems_of:
+        of = (status.instance, status.certificates_serial)
+        if of == self._problems_of:
             return
-        problems = self._open_client.certificate_problems()
+        # Where nothing has changed yet, nothing has been looked at.
+        known = status.certificates_serial > 0
+        problems = self._open_client.certificate_problems() if known else ()
         with self._changed:
             self._problems = problems
-        self._problems_of = (status.instance, serial)
+        self._problems_of = of
 
     def _saw(self, status: Status) -> None:
         """Take note of a status: where it differs from what we know, reality wins."""

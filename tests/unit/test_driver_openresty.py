@@ -40,6 +40,8 @@ STATUS = {
     "dict": {"capacity_bytes": 1000, "free_bytes": 900},
     "versions": {"tidegate": "0.1.0", "nginx": "1.22.1"},
     "nginx_version": 1022001,
+    "features": ["http_ssl", "http_v2"],
+    "certificates_serial": 3,
 }
 WEB = Upstream(
     "a.example.com/",
@@ -125,7 +127,11 @@ def instance(*urls: str, token: Token | None = None, **settings) -> Instance:
 def test_the_status_is_read(server):
     status = instance(server.url).status()
     assert (status.instance, status.revision, status.generation) == ("run-1", 7, "ab" * 32)
-    assert (status.nginx_version, status.dict_free, status.writer) == (1022001, 900, "agent-a")
+    assert (status.build.nginx_version, status.dict_free, status.writer) == (
+        1022001,
+        900,
+        "agent-a",
+    )
 
 
 def test_the_token_goes_with_every_call(server):

@@ -19,9 +19,10 @@ from openresty_fake import (
 )
 
 from agent.driver.fleet import Fleet, InstanceState, Options
+from agent.driver.openresty import CertificateProblem
 from agent.driver.targets import Target
 from agent.errors import PushRefused, SiteRefused
-from agent.model import Desired, Membership, Peer, Site, Upstream
+from agent.model import BackendTls, Desired, Host, Location, Membership, Peer, Site, Upstream
 
 FAST = Options(heartbeat=0.1, site_quiet=0.02, site_max_wait=0.2)
 
@@ -216,6 +217,45 @@ def test_a_dict_that_fills_up_is_told_before_it_is_full(nginx):
     assert (told.reason, told.subject) == ("dict_nearly_full", "OpenResty nginx.1")
     assert "10240 kB of 65536 kB" in told.message
     assert "TIDEGATE_DICT_SIZE" in told.hint
+
+
+def test_what_an_instance_says_of_certificates_is_told_until_it_is_cured(nginx):
+    tls = BackendTls(verify=True, ca="/ca.pem")
+    secure = Location("/api", "a/api", backend_tls=tls)
+    site = Site((Host("a", (), (Location("/", "a/"), secure)),))
+    names = Membership({name: upstream(name, "10.0.0.1") for name in ("a/", "a/api")})
+    nginx.certificate_problems = (
+        CertificateProblem("a", "", "certificate_missing", "it is not there", refused=True),
+        CertificateProblem("", "", "certificate_expires_soon", "it ends", refused=False),
+        CertificateProblem(None, tls.identity("a"), "backend_ca_missing", "no CA", refused=True),
+        CertificateProblem(None, "of an earlier site", "backend_ca_missing", "no", refused=True),
+    )
+    with running(nginx) as rig:
+        settle(rig, Desired(names, site, ()))
+        assert rig.fleet.rejections() == ()
+        nginx.certificates_serial = 1
+        told = eventually(rig.fleet.rejections)
+        assert [(item.subject, item.reason) for item in told] == [
+            ("host a", "certificate_missing"),
+            ("default certificate", "certificate_expires_soon"),
+            ("upstream a/api", "backend_ca_missing"),
+        ]
+        assert "refused until" in told[0].message
+        assert "served nevertheless" in told[1].message
+        assert all(item.hint for item in told)
+        nginx.certificate_problems, nginx.certificates_serial = (), 2
+        eventually(lambda: rig.fleet.rejections() == ())
+        assert nginx.names("certificates") == ["certificates"] * 2
+
+
+def test_http3_that_an_instance_cannot_do_is_told(nginx):
+    wanted = desired({"a": ("10.0.0.1",)})
+    with running(nginx, options=replace(FAST, http3=True)) as rig:
+        settle(rig, wanted)
+        (told,) = rig.fleet.rejections()
+        assert (told.subject, told.reason) == ("OpenResty nginx.1", "http3_unavailable")
+        nginx.features = frozenset({"http_v3"})
+        eventually(lambda: rig.fleet.rejections() == ())
 
 
 def test_drift_of_membership_is_found_by_the_heartbeat_and_mended(nginx):

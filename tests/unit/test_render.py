@@ -11,7 +11,9 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from clusters import GOLDEN, check_golden, settings
@@ -19,7 +21,7 @@ from nginx_syntax import Directive, parse
 
 from agent.config.settings import Settings
 from agent.errors import RenderError
-from agent.model import Host, Location, Site, Tls
+from agent.model import BackendTls, Host, Location, Site, Tls, VerifyClient
 from agent.render import Capabilities, file_name, generation, hosts_of_files, quote, render
 
 DEFAULTS = settings()
@@ -29,7 +31,7 @@ CERTIFICATE = Tls("/certs/shop.pem", "/certs/shop.key")
 REPOSITORY = Path(__file__).parents[2]
 
 
-def location(host: str, path: str = "/", **options: bool) -> Location:
+def location(host: str, path: str = "/", **options: Any) -> Location:
     return Location(path=path, upstream=host + path, **options)
 
 
@@ -58,6 +60,32 @@ ONLY_PATHS = Host(
 )
 EVERYTHING = Site((plain("*.dev.example.com"), ONLY_PATHS, SHOP))
 
+SECURE = Host(
+    name="secure.example.com",
+    aliases=(),
+    locations=(
+        location("secure.example.com", "/", backend_tls=BackendTls()),
+        location(
+            "secure.example.com",
+            "/pay",
+            rewrite=True,
+            backend_tls=BackendTls(
+                verify=True,
+                ca="/certs/ca.pem",
+                name="pay.internal",
+                certificate="/certs/us.pem",
+                key="/certs/us.key",
+            ),
+        ),
+    ),
+    tls=Tls(
+        "/certs/secure.pem",
+        "/certs/secure.key",
+        verify_client=VerifyClient.REQUIRED,
+        client_ca="/certs/clients.pem",
+        hsts="max-age=31536000",
+    ),
+)
 CASES: dict[str, tuple[Site, Settings, Capabilities]] = {
     "empty": (Site(()), DEFAULTS, OLD),
     "plain": (Site((plain(),)), DEFAULTS, OLD),
@@ -79,6 +107,13 @@ CASES: dict[str, tuple[Site, Settings, Capabilities]] = {
         ),
         NEW,
     ),
+    "tls-both-legs": (Site((SECURE,)), DEFAULTS, OLD),
+    "http3": (
+        Site((plain(tls=CERTIFICATE),)),
+        settings(http3=True, ssl_stapling=False),
+        Capabilities(1_031_001, frozenset({"http_v3"})),
+    ),
+    "http3-unavailable": (Site((plain(tls=CERTIFICATE),)), settings(http3=True), NEW),
     "tls-off": (EVERYTHING, settings(ssl_port=0), OLD),
 }
 
@@ -144,6 +179,65 @@ def test_a_rewritten_context_root_is_taken_off_and_told():
     ]
 
 
+def test_a_host_whose_clients_must_show_a_certificate_has_no_plain_way_round():
+    def plain_locations(**options: object) -> list[Directive]:
+        text = render(Site((SECURE,)), settings(**options), OLD)["secure.example.com.conf"]
+        block = parse(text)[0].block
+        assert block is not None
+        public = [item for item in block if item.words[0] == "location"]
+        return [item for item in public if not item.words[1].startswith("@")]
+
+    for options, said in (
+        ({}, ("return", "308", "https://$host$request_uri")),
+        ({"ssl_port": 0}, ("return", "403")),
+    ):
+        found = plain_locations(**options)
+        assert len(found) == 3
+        assert {item.block for item in found} == {(Directive(said),)}
+
+
+def test_identities_towards_peers_have_upstreams_of_their_own_each_once():
+    one, two = BackendTls(name="one"), BackendTls(verify=True, name="one")
+    hosts = tuple(
+        Host(
+            name,
+            (),
+            (location(name, "/", backend_tls=one), location(name, "/x", backend_tls=two)),
+        )
+        for name in ("a.example.com", "b.example.com")
+    )
+    text = render(Site(hosts), DEFAULTS, OLD)["00-default.conf"]
+    blocks = [item.words[1] for item in parse(text) if item.words[0] == "upstream"]
+    expected = {one.identity("a.example.com"), two.identity("b.example.com")}
+    assert blocks == sorted(f"tidegate_tls_{item}" for item in expected)
+
+
+def test_an_identity_is_all_that_decides_what_a_connection_is():
+    base = BackendTls(verify=True, ca="/ca", name="n", certificate="/c", key="/k")
+    others = [
+        replace(base, verify=False),
+        replace(base, ca="/other"),
+        replace(base, name="other"),
+        replace(base, certificate="/other"),
+        replace(base, key="/other"),
+        BackendTls(),
+        BackendTls(name="b.test"),
+    ]
+    identities = [item.identity("a.test") for item in (base, *others)]
+    assert len(set(identities)) == len(identities)
+    assert BackendTls(name="a.test").identity("b.test") == BackendTls().identity("a.test")
+    assert BackendTls().server_name("*.a.test") == BackendTls().server_name("") == ""
+
+
+def test_connections_with_a_name_per_request_are_not_kept():
+    wild = Host("*.a.test", (), (location("a.test", "/", backend_tls=BackendTls()),))
+    for caps, said in ((OLD, False), (Capabilities(1_029_007), True)):
+        text = render(Site((wild,)), DEFAULTS, caps)["00-default.conf"]
+        assert ("keepalive 0;" in text) == said
+        assert "keepalive 32" not in text
+    assert "proxy_ssl_name $host;" in render(Site((wild,)), DEFAULTS, OLD)["_wildcard.a.test.conf"]
+
+
 @pytest.mark.parametrize(("port", "shown"), [(443, ""), (8443, ":8443")])
 def test_plain_http_is_redirected_where_only_tls_is_wanted(port, shown):
     text = render(Site((SHOP,)), settings(ssl_port=port), OLD)["shop.example.com.conf"]
@@ -183,8 +277,8 @@ def test_haproxys_time_outs_certificate_and_nginxs_dh_parameters_are_rendered():
         "proxy_send_timeout 1500ms;",
         "proxy_read_timeout 1500ms;",
         "send_timeout 10000ms;",
-        'ssl_certificate "/ssl/all.pem";',
-        'ssl_certificate_key "/ssl/all.pem";',
+        'certificate = "/ssl/all.pem",',
+        'key = "/ssl/all.pem",',
     ):
         assert directive in haproxy
     assert 'ssl_dhparam "/dh.pem";' in common(DHParam=True, DHParamPath="/dh.pem")
@@ -382,6 +476,27 @@ def wait_for(port: int) -> None:
             return
 
 
+SERVES_FILES = """
+map "" $tidegate_certificate { default ""; }
+init_by_lua_block {
+    local ssl = require "ngx.ssl"
+    local function content(path)
+        local file = io.open(path)
+        local text = file:read("*a")
+        file:close()
+        return text
+    end
+    package.loaded["tidegate.certificates"] = {
+        serve = function(options)
+            assert(ssl.set_cert(ssl.parse_pem_cert(content(options.certificate))))
+            assert(ssl.set_priv_key(ssl.parse_pem_priv_key(content(options.key))))
+        end,
+    }
+}
+"""
+"""In the place of our Lua: certificates as they lie there."""
+
+
 @pytest.fixture
 def routed(tmp_path, certificates, require, free_port, backend) -> Iterator[tuple[int, int]]:
     """Plain and TLS port of an nginx that serves SHOP and ONLY_PATHS from one plain backend."""
@@ -396,15 +511,17 @@ def routed(tmp_path, certificates, require, free_port, backend) -> Iterator[tupl
     (tmp_path / "site").mkdir()
     for name, text in files.items():
         (tmp_path / "site" / name).write_text(text)
+    modules = "".join(f'load_module "{path}";\n' for path in LUA_MODULES if path.exists())
     temp = "".join(
         f'{kind}_temp_path "{tmp_path}/{kind}";\n'
         for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
     (tmp_path / "nginx.conf").write_text(
-        f'daemon off;\nmaster_process off;\npid "{tmp_path}/pid";\n'
+        f'{modules}daemon off;\nmaster_process off;\npid "{tmp_path}/pid";\n'
         f'error_log "{tmp_path}/error.log";\nevents {{}}\n'
         f"http {{ {temp} access_log off; server_names_hash_bucket_size 512;\n"
-        f"upstream tidegate {{ server 127.0.0.1:{backend}; }}\ninclude site/*.conf; }}\n"
+        f"upstream tidegate {{ server 127.0.0.1:{backend}; }}\n{SERVES_FILES}\n"
+        "include site/*.conf; }\n"
     )
     with subprocess.Popen(
         [NGINX, "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")]

@@ -16,7 +16,7 @@ from clusters import instance, labels, service, settings, snapshot
 from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from nginx_syntax import Directive, Odd, parse
+from nginx_syntax import Directive, Odd, lua, parse
 
 from agent.compile import compile_snapshot
 from agent.config.settings import Extension, Settings
@@ -118,12 +118,24 @@ def intended(host: Host) -> tuple[Directive, ...]:
     return tuple(servers)
 
 
+def served(names: list[str], certificate: str, key: str) -> list[Directive]:
+    """How a server gets its certificate: from Lua, in whose code the values are strings."""
+    code = 'package.loaded["tidegate.certificates"].serve({ names = { '
+    words = [*lua(code), *(word for name in names for word in (f'"{name}', ","))]
+    words += [*lua("}, certificate = "), f'"{certificate}', *lua(", key = "), f'"{key}']
+    words += lua(", staple = true, })")
+    return [
+        directive("ssl_certificate", "$tidegate_certificate"),
+        directive("ssl_certificate_key", "$tidegate_certificate"),
+        directive("ssl_certificate_by_lua_block", *words),
+    ]
+
+
 def _server(host: Host, *, secure: bool) -> Directive:
     found = [directive("listen", "443", "ssl", "http2") if secure else directive("listen", "80")]
     if secure:
         assert host.tls is not None
-        found.append(directive("ssl_certificate", host.tls.certificate))
-        found.append(directive("ssl_certificate_key", host.tls.key))
+        found += served([host.name, *host.aliases], host.tls.certificate, host.tls.key)
     found.append(directive("server_name", host.name, *host.aliases))
     found.append(directive("absolute_redirect", "off"))
     found.append(directive("include", "conf.d/server.inc"))

@@ -443,13 +443,13 @@ function _M.print_metrics()
         end
     end
     for _, family in ipairs({
-        { "expiry_timestamp_seconds", "When the certificate in use expires.", expiry },
-        { "problem", "What is wrong with a host's or a backend's certificate.", problems },
+        { "certificate_expiry_timestamp_seconds", "gauge", "When the one in use expires.", expiry },
+        { "certificate_problem", "gauge", "What is wrong with a certificate or CA.", problems },
     }) do
-        if family[3][1] then
-            ngx.print("# HELP tidegate_certificate_", family[1], " ", family[2],
-                      "\n# TYPE tidegate_certificate_", family[1], " gauge\n",
-                      concat(family[3], "\n"), "\n")
+        local name, lines = "tidegate_" .. family[1], family[4]
+        if lines[1] then
+            ngx.print("# HELP ", name, " ", family[3], "\n# TYPE ", name, " ", family[2], "\n",
+                      concat(lines, "\n"), "\n")
         end
     end
 end
