@@ -74,7 +74,12 @@ def _measure(
     stopped = time.monotonic()
     proxy.start(timeout=READY_LIMIT)
     back = time.monotonic() - stopped
-    rows.append(["OpenResty restarted: until it answers, from its disk, with all these hosts", f"{back:.2f} s"])
+    rows.append(
+        [
+            "OpenResty restarted: until it answers, from its disk, with all these hosts",
+            f"{back:.2f} s",
+        ]
+    )
     rows.append(["", f"(ending took {stopped - started:.2f} s)"])
     text = "\n\n".join(
         (

@@ -64,6 +64,18 @@ POLICY_OPTIONS = frozenset(
         "read_timeout",
     }
 )
+FRONT_OPTIONS = frozenset(
+    {
+        "ssl",
+        "ssl_only",
+        "ssl_cert",
+        "ssl_cert_key",
+        "ssl_verify_client",
+        "ssl_client_ca",
+        "ssl_passthrough",
+        "hsts",
+    }
+)
 BACKEND_TLS_OPTIONS = frozenset(
     {
         "ssl_backend_tls_verify",
@@ -81,6 +93,7 @@ OPTIONS = frozenset(
         *POLICY_OPTIONS,
         *CANARY_OPTIONS,
         *BACKEND_TLS_OPTIONS,
+        *FRONT_OPTIONS,
         *LISTS,
         "hostname",
         "domain",
@@ -95,14 +108,6 @@ OPTIONS = frozenset(
         "context_root",
         "context_root_rewrite",
         "mirror",
-        "ssl",
-        "ssl_only",
-        "ssl_cert",
-        "ssl_cert_key",
-        "ssl_verify_client",
-        "ssl_client_ca",
-        "ssl_passthrough",
-        "hsts",
         "ssl_backend",
         "protocol",
     }

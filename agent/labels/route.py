@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from agent.labels import forms
 from agent.labels.declaration import INTERLOCK, Reason, RouteDeclaration, Rules
 from agent.labels.forms import InvalidValueError, shown
-from agent.labels.names import BACKEND_TLS_OPTIONS
+from agent.labels.names import BACKEND_TLS_OPTIONS, FRONT_OPTIONS
 from agent.labels.policy import read_behaviour, read_canary
 from agent.labels.reader import Reader, sentence
 from agent.model import BackendTls, Protocol, Redirect, VerifyClient, Workload, WorkloadKind
@@ -260,6 +260,7 @@ class _Front:
     passthrough: bool
 
 
+_NO_FRONT = _Front(None, False, "", "", VerifyClient.OFF, "", None, False)
 _VERIFY_CLIENT = {
     "off": VerifyClient.OFF,
     "optional": VerifyClient.OPTIONAL,
@@ -268,6 +269,8 @@ _VERIFY_CLIENT = {
 
 
 def _front(reader: Reader, context_root: str, *, to_tls: bool) -> _Front:
+    if not to_tls and not reader.any_of(FRONT_OPTIONS):
+        return _NO_FRONT
     file = forms.secret_name if reader.dialect.secrets else forms.file_name
     tls = reader.one("ssl", forms.boolean, None)
     only = reader.one("ssl_only", forms.boolean, None)

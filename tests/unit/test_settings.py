@@ -331,3 +331,22 @@ def test_a_key_that_is_marked_as_not_used_says_so_when_it_is_used():
             value = {str: "'x'", int: "7", bool: "true"}[Extension.model_fields[name].annotation]
             (said,) = remarks(f"[[Extensions]]\nName = 'nginx'\n{key.name} = {value}")
             assert said == f"c: Extensions[0].{key.name} is not used: {key.text}"
+
+
+def test_what_labels_may_do_is_a_setting():
+    read = settings(
+        'ServiceClusters = ["east", ""]\nHostnameFallback = true\n[[Extensions]]\n'
+        'SSLSecretPath = "/secrets"\nHSTS = "max-age=300; includeSubDomains"\n'
+        'AllowedDirectives = ["proxy_buffering"]'
+    )
+    assert read.service_clusters == ("east", "")
+    assert read.hostname_fallback is True
+    assert read.extension.secret_path("a") == "/secrets/a"
+    assert read.extension.hsts == "max-age=300; includeSubDomains"
+    assert read.extension.allowed_directives == ("proxy_buffering",)
+    assert settings('[[Extensions]]\nHSTS = "off"').extension.hsts == "off"
+
+
+@pytest.mark.parametrize("text", ["on", "max-age", "max-age=1\\nX: y", "max-age=1; evil"])
+def test_a_header_that_is_no_hsts_is_refused(text):
+    assert "HSTS" in problem(f'[[Extensions]]\nHSTS = "{text}"')
