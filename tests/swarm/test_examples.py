@@ -197,7 +197,7 @@ def test_lint_says_what_is_then_routed(examples: Examples, name: str) -> None:
     report = lint(files, Settings(), environment=ENV, name=name)
     assert [str(item) for item in report.findings] == []
     told = {
-        (line.host + line.path, line.port, line.tls, line.tls_only)
+        ((line.host or "*") + line.path, line.port, line.tls, line.tls_only)
         for verdict in report.verdicts
         for line in verdict.routes
     }
