@@ -111,8 +111,8 @@ class Sink(Protocol):
     def push(self, instance: str, kind: str, result: str) -> None:
         """A push ("delta", "full", "site") ended."""
 
-    def reload(self, instance: str, result: str) -> None:
-        """A site push made nginx reload ("ok") or was refused by it ("refused")."""
+    def reload(self, instance: str, result: str, seconds: float) -> None:
+        """A site push made nginx reload ("ok") or was refused by it ("refused"), after so long."""
 
     def forget_instance(self, instance: str) -> None:
         """An instance is gone for good."""

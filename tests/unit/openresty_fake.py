@@ -238,7 +238,7 @@ class CountingSink:
     def push(self, instance: str, kind: str, result: str) -> None:
         self.pushes.append((instance, kind, result))
 
-    def reload(self, instance: str, result: str) -> None:
+    def reload(self, instance: str, result: str, seconds: float) -> None:
         self.reloads.append((instance, result))
 
     def forget_instance(self, instance: str) -> None:
