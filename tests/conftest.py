@@ -42,6 +42,7 @@ def free_port(address: str = "127.0.0.1") -> int:
                 return port
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several processes (`-n`): a file's tests share what it starts, so they stay together;
     those of the Swarm share one lab, and begin first, since they take longest.
