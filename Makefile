@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Most tests wait for something most of the time, so more of them run at once than there are cores.
 PROCESSES ?= 4
-PYTEST_ARGS ?= -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder
+PYTEST_ARGS ?= -n $(PROCESSES) --no-loadscope-reorder
 BENCH_ARGS ?=
 export PYTHON
 

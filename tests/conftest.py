@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,18 +43,26 @@ def free_port(address: str = "127.0.0.1") -> int:
                 return port
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several processes (`-n`): a file's tests share what it starts, so they stay together;
-    those of the Swarm share one lab, and begin first, since they take longest.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several processes (`-n`): a file's tests share what it starts, so they stay together,
+    and those of the Swarm share one lab.
     """
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return
-    swarm = Path(__file__).parent / "swarm"
-    for item in items:
-        group = "swarm" if swarm in item.path.parents else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: swarm not in item.path.parents)
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByWhatIsShared(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return "swarm" if file.startswith("tests/swarm/") else file
+
+    return ByWhatIsShared(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several processes the Swarm's tests begin first, since they take longest."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        swarm = Path(__file__).parent / "swarm"
+        items.sort(key=lambda item: swarm not in item.path.parents)
 
 
 @pytest.fixture(name="require")
