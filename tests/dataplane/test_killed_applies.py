@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
 import threading
 from collections import Counter
@@ -19,109 +18,26 @@ from pathlib import Path
 import pytest
 
 from tests.dataplane.harness import (
-    HOME,
     Answer,
     Backend,
     Proxy,
     backends,
-    free_port,
     request,
     site,
     upstream,
     wait_until,
 )
+from tests.dataplane.hooks import Hooked
 
-SABOTAGE = """
--- Kills the worker at the n-th write that the push under way makes, or while it holds the lock of
--- the memory that it writes to.
-local ffi = require "ffi"
-local shared = ngx.shared
-local ctl = shared.tidegate_ctl
-local get, set, incr, delete = ctl.get, ctl.set, ctl.incr, ctl.delete
-pcall(ffi.cdef, "int kill(int pid, int sig);")
-
-local function die(dict)
-    if get(ctl, "sabotage_locks") then
-        -- nginx has the lock of a zone in the zone's first word: the pid of who holds it.
-        local zone = ffi.C.ngx_http_lua_ffi_shdict_udata_to_zone(dict[1])
-        local memory = ffi.cast("uintptr_t *", zone)[1]
-        ffi.cast("volatile uintptr_t *", memory)[0] = ngx.worker.pid()
-    end
-    ffi.C.kill(ngx.worker.pid(), 9)
-end
-
-for _, dict in ipairs({ ctl, shared.tidegate_ptr, shared.tidegate_dat, shared.tidegate_probes }) do
-    for _, name in ipairs({ "add", "delete", "incr", "safe_add", "safe_set", "set" }) do
-        local original = dict[name]
-        rawset(dict, name, function(...)
-            if ngx.get_phase() == "content" and get(ctl, "sabotage")
-                    and incr(ctl, "sabotage", -1) == 0 then
-                delete(ctl, "sabotage")
-                die(dict)
-            end
-            return original(...)
-        end)
-    end
-end
-
-return {
-    arm = function(number, locks)
-        set(ctl, "sabotage_locks", locks)
-        set(ctl, "sabotage", number)
-    end,
-    disarm = function()
-        local left = get(ctl, "sabotage")
-        delete(ctl, "sabotage")
-        return left ~= nil
-    end,
-}
-"""
-SERVER = """
-server {{
-    listen 127.0.0.1:{port};
-    location /arm {{
-        content_by_lua_block {{
-            require("tidegate.sabotage").arm(tonumber(ngx.var.arg_at), ngx.var.arg_locks == "1")
-        }}
-    }}
-    location /disarm {{
-        content_by_lua_block {{ ngx.print(tostring(require("tidegate.sabotage").disarm())) }}
-    }}
-}}
-"""
 HOSTS = {f"{name}.test": {"/": f"{name}.test/"} for name in ("a", "b", "gone", "new")}
 
 
-class Sabotaged:
-    """A proxy whose workers can be told at which write of the next push to die."""
-
-    def __init__(self, make_proxy: Callable[..., Proxy], directory: Path) -> None:
-        home = Path(shutil.copytree(HOME, directory / "home"))
-        (home / "lua/tidegate/sabotage.lua").write_text(SABOTAGE)
-        store = home / "lua/tidegate/store.lua"
-        store.write_text('require "tidegate.sabotage"\n' + store.read_text())
-        self.port = free_port()
-        self.proxy = make_proxy(home=home)
-        conf = Path(self.proxy.env["TIDEGATE_CONF_DIR"])
-        conf.mkdir(parents=True)
-        (conf / "sabotage.conf").write_text(SERVER.format(port=self.port))
-        self.proxy.start()
-        assert self.proxy.admin.site(site(self.proxy.http_port, HOSTS)).status == 200
-        self.proxy.admin.revision = 0
-
-    def push(
-        self, at: int, locks: bool, base: int, upsert: Mapping[str, object], remove: list[str]
-    ) -> Answer | None:
-        """A delta whose worker dies at its write number `at`; the answer if there is one."""
-        assert request(self.port, f"/arm?at={at}&locks={int(locks)}").status == 200
-        try:
-            return delta(self.proxy, base, upsert, remove)
-        except (OSError, HTTPException):
-            return None
-
-    def survived(self) -> bool:
-        """Whether the push made fewer writes than it was to die at."""
-        return request(self.port, "/disarm").text == "true"
+def push(hooked: Hooked, base: int, upsert: Mapping[str, object], remove: list[str]) -> int:
+    """A delta; status of its answer, 0 if there is none since its worker died."""
+    try:
+        return delta(hooked.proxy, base, upsert, remove).status
+    except (OSError, HTTPException):
+        return 0
 
 
 def delta(proxy: Proxy, base: int, upsert: Mapping[str, object], remove: list[str]) -> Answer:
@@ -156,12 +72,13 @@ def served(proxy: Proxy) -> dict[str, str]:
     return {name: a.text if a.status == 200 else str(a.status) for name, a in answers.items()}
 
 
-@pytest.mark.parametrize("locks", [False, True], ids=["between_writes", "with_the_memory_locked"])
+@pytest.mark.parametrize("how", ["die", "lock"], ids=["between_writes", "with_the_memory_locked"])
 def test_a_worker_may_be_killed_at_every_write_of_a_push(
-    make_proxy: Callable[..., Proxy], tmp_path: Path, locks: bool
+    make_proxy: Callable[..., Proxy], tmp_path: Path, how: str
 ) -> None:
-    sabotaged = Sabotaged(make_proxy, tmp_path)
-    proxy = sabotaged.proxy
+    hooked = Hooked(make_proxy, tmp_path)
+    proxy = hooked.proxy
+    assert proxy.admin.site(site(proxy.http_port, HOSTS)).status == 200
     with backends(6) as (a0, a1, b0, b1, gone, new):
         before = {
             "a.test/": upstream(a0.peer()),
@@ -185,10 +102,10 @@ def test_a_worker_may_be_killed_at_every_write_of_a_push(
         free, cells = proxy.admin.status()["dict"]["free_bytes"], cells_taken(proxy)
         killed = 0
         while True:
-            answer = sabotaged.push(killed + 1, locks, revision, after, ["gone.test/"])
-            if answer is not None:
-                assert answer.status == 200
-                assert sabotaged.survived()
+            hooked.arm(killed + 1, how)
+            if status := push(hooked, revision, after, ["gone.test/"]):
+                assert status == 200
+                assert hooked.survived()
                 break
             killed += 1
             # Nobody has mended anything yet. Each upstream is there, as it was or as it was to be.
