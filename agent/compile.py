@@ -27,11 +27,24 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from agent.config.settings import Extension, Settings
-from agent.labels import NOTHING, Reading, Reason, RouteDeclaration, read_labels, subject_of
+from agent.labels import (
+    NOTHING,
+    Reading,
+    Reason,
+    RouteDeclaration,
+    Rules,
+    read_labels,
+    rules_of,
+    subject_of,
+)
+from agent.labels.forms import CANARY, HSTS_DEFAULT
 from agent.model import (
+    Attachment,
+    BackendTls,
+    Canary,
     Desired,
     Host,
     Instance,
@@ -41,11 +54,14 @@ from agent.model import (
     Peer,
     PeerState,
     Policy,
+    Protocol,
     PublishedPort,
+    Redirect,
     Rejection,
     Site,
     Snapshot,
     SourceSnapshot,
+    TcpRoute,
     Tls,
     Upstream,
     Workload,
@@ -103,21 +119,62 @@ class Reach:
 
 
 class ClaimId(NamedTuple):
-    """Identity of a claim: the workload, and which of its routes."""
+    """Identity of a claim: the workload, and the name of its route."""
 
     workload: WorkloadKey
-    route: int
+    route: str
+
+
+DEFAULT: Final = "*"
+"""The name that stands for all hosts that nobody claims; no host can be called so."""
+_TCP = ":"
+"""What names that stand for a port of the proxy begin with; no host does."""
+
+
+def _is_host(name: str) -> bool:
+    return name != DEFAULT and not name.startswith(_TCP)
+
+
+def told(name: str, root: str = "") -> str:
+    """A name and context root for people."""
+    if name == DEFAULT:
+        return f"the default backend{'' if root == '/' else ' ' + root}".rstrip()
+    if name.startswith(_TCP):
+        return f"TCP port {name.removeprefix(_TCP)}"
+    return name + root
+
+
+class Options(NamedTuple):
+    """What must agree where several workloads serve one host and context root."""
+
+    rewrite: bool = False
+    tls_only: bool = False
+    tls: Tls | None = None
+    passthrough: bool = False
+    backend_tls: BackendTls | None = None
+    protocol: Protocol = Protocol.HTTP
+    mirror: tuple[str, str] | None = None
+    directives: tuple[str, ...] = ()
+    policy: Policy = Policy()
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What one route of a workload says about the names it wants; without peers."""
+    """What one route of a workload says about the names it wants; without peers.
+
+    Attributes:
+        tls, backend_tls: with paths inside the OpenResty container; `tls` without HSTS.
+        hsts: the header's value, empty for none; None where the labels say nothing of it.
+    """
 
     id: ClaimId
     created: float
     subject: str
     declaration: RouteDeclaration
     tls: Tls | None
+    backend_tls: BackendTls | None = None
+    hsts: str | None = None
+    kind: WorkloadKind = WorkloadKind.SERVICE
 
     @property
     def order(self) -> tuple[float, ClaimId]:
@@ -126,14 +183,46 @@ class Claim:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The host and its aliases."""
-        return (self.declaration.host, *self.declaration.aliases)
-
-    @property
-    def options(self) -> tuple[bool, bool, Tls | None, Policy]:
-        """What must agree where several workloads serve one host and context root."""
+        """The host and its aliases, and what else it is to be had by."""
         route = self.declaration
-        return route.rewrite, route.tls_only, self.tls, route.policy
+        names = (route.host, *route.aliases) if route.host else ()
+        if route.default_backend:
+            names = (*names, DEFAULT)
+        if route.tcp_port is not None:
+            names = (*names, f"{_TCP}{route.tcp_port}")
+        return names
+
+    def root(self, name: str) -> str:
+        """The context root that it wants of that name."""
+        return "/" if name.startswith(_TCP) else self.declaration.context_root
+
+    def canary(self, name: str) -> Canary | None:
+        """What it takes of that name as a canary; connections cannot be told apart for that."""
+        return None if name.startswith(_TCP) else self.declaration.canary
+
+    def options(self, name: str) -> Options:
+        """What it says of that name."""
+        route = self.declaration
+        if name.startswith(_TCP):
+            return Options(policy=route.policy)
+        # A host that nobody claims has no TLS of anybody's, and so is not redirected to it.
+        host = name != DEFAULT
+        return Options(
+            rewrite=route.rewrite,
+            tls_only=host and route.tls_only,
+            tls=self.tls if host else None,
+            passthrough=host and route.passthrough,
+            backend_tls=self.backend_tls,
+            protocol=route.protocol,
+            mirror=route.mirror,
+            directives=route.directives,
+            policy=route.policy,
+        )
+
+    def says_tls(self, name: str) -> bool:
+        """Whether it says anything about TLS of that name."""
+        route = self.declaration
+        return _is_host(name) and (route.tls is not None or route.passthrough)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +240,7 @@ class Examined:
     """What became of one workload by itself, before others are looked at."""
 
     workload: Workload
+    rules: Rules
     reading: Reading
     routes: tuple[Route, ...]
     rejections: tuple[Rejection, ...]
@@ -170,18 +260,18 @@ def examine(
         proxies: names of those instances, for hints.
         before: what came out last time; parts of it are used again where they still hold.
     """
-    reading = _reading(workload, before)
+    rules = rules_of(settings)
+    reading = _reading(workload, rules, before)
     routes: list[Route] = []
     rejections = list(reading.rejections)
-    for index, declaration in enumerate(reading.routes):
+    for declaration in reading.routes:
         verdict = _route(
             workload,
-            index,
             declaration,
             proxy_networks,
             settings,
             proxies=proxies,
-            before=_reach_of(before, index),
+            before=_reach_of(before, declaration.name),
         )
         if isinstance(verdict, Rejection):
             rejections.append(verdict)
@@ -189,27 +279,28 @@ def examine(
         route, missing = verdict
         routes.append(_reuse(route, before))
         rejections.extend(missing)
-    return Examined(workload, reading, tuple(routes), tuple(rejections))
+    return Examined(workload, rules, reading, tuple(routes), tuple(rejections))
 
 
-def _reach_of(before: Examined | None, index: int) -> Reach | None:
-    for route in before.routes if before is not None else ():
-        if route.claim.id.route == index:
-            return route.reach
+def _reach_of(before: Examined | None, route: str) -> Reach | None:
+    for known in before.routes if before is not None else ():
+        if known.claim.id.route == route:
+            return known.reach
     return None
 
 
-def _reading(workload: Workload, before: Examined | None) -> Reading:
-    if before is not None:
+def _reading(workload: Workload, rules: Rules, before: Examined | None) -> Reading:
+    if before is not None and before.rules == rules:
         old = before.workload
         same = (
             old.name == workload.name
             and old.labels == workload.labels
             and old.template_labels == workload.template_labels
+            and (old.hostname, old.domainname) == (workload.hostname, workload.domainname)
         )
         if same:
             return before.reading
-    return read_labels(workload)
+    return read_labels(workload, rules)
 
 
 def _reuse(route: Route, before: Examined | None) -> Route:
@@ -223,7 +314,6 @@ def _reuse(route: Route, before: Examined | None) -> Route:
 
 def _route(
     workload: Workload,
-    index: int,
     declaration: RouteDeclaration,
     proxy_networks: tuple[str, ...] | None,
     settings: Settings,
@@ -234,17 +324,30 @@ def _route(
     tls = _tls(workload, declaration, settings.extension)
     if isinstance(tls, Rejection):
         return tls
+    taken = _own_port(workload, declaration, settings)
+    if taken is not None:
+        return taken
     reach = find_reach(workload, declaration, proxy_networks, proxies=proxies, before=before)
     if isinstance(reach, Rejection):
         return reach
     claim = Claim(
-        id=ClaimId(workload.key, index),
+        id=ClaimId(workload.key, declaration.name),
         created=workload.created,
         subject=subject_of(workload),
         declaration=declaration,
         tls=tls,
+        backend_tls=_backend_tls(declaration, settings.extension),
+        hsts=_hsts(declaration, settings.extension),
+        kind=workload.kind,
     )
-    peers, missing = _peers(workload, declaration, reach, settings)
+    found = (
+        _vip_peers(workload, declaration, reach)
+        if declaration.vip
+        else _peers(workload, declaration, reach, settings)
+    )
+    if isinstance(found, Rejection):
+        return found
+    peers, missing = found
     hold = min(settings.hold_timeout, MAX_HOLD) if workload.wanted else 0.0
     doubt = () if reach.doubt is None else (reach.doubt,)
     return Route(claim, reach, peers, hold), missing + doubt
@@ -265,39 +368,100 @@ def _tls(
 ) -> Tls | Rejection | None:
     """Certificate and key of a route; None where it does not speak TLS."""
     asked = declaration.tls or (declaration.tls is None and extension.tls_everywhere)
-    if not asked:
-        return None
-    if extension.ssl_port == 0:
+    if extension.ssl_port == 0 and (asked or declaration.passthrough):
         return _reject(
             workload,
             Reason.TLS_OFF,
-            f"{declaration.host} asks for TLS (interlock.ssl or interlock.ssl_only), but TLS is "
-            "switched off by SSLPort = 0.",
+            f"{declaration.what} asks for TLS ({declaration.label('ssl')}, "
+            f"{declaration.label('ssl_only')} or {declaration.label('ssl_passthrough')}), but TLS "
+            "is switched off by SSLPort = 0.",
             "Set SSLPort in the configuration, or remove the label.",
         )
+    if not asked or declaration.passthrough or not declaration.host:
+        return None
+    client_ca = _path(declaration, extension, declaration.client_ca)
     if declaration.certificate and declaration.certificate_key:
         return Tls(
-            certificate=extension.certificate_path(declaration.certificate),
-            key=extension.certificate_path(declaration.certificate_key),
+            certificate=_path(declaration, extension, declaration.certificate),
+            key=_path(declaration, extension, declaration.certificate_key),
+            verify_client=declaration.verify_client,
+            client_ca=client_ca,
         )
     default = extension.default_certificate
     if not declaration.certificate and not declaration.certificate_key and default is not None:
-        return Tls(*default)
+        return Tls(*default, verify_client=declaration.verify_client, client_ca=client_ca)
     missing = " and ".join(
-        label
-        for label, value in (
-            ("interlock.ssl_cert", declaration.certificate),
-            ("interlock.ssl_cert_key", declaration.certificate_key),
+        declaration.label(option)
+        for option, value in (
+            ("ssl_cert", declaration.certificate),
+            ("ssl_cert_key", declaration.certificate_key),
         )
         if not value
+    )
+    what = (
+        "Docker secrets (mounted in OpenResty, in SSLSecretPath)"
+        if declaration.dialect.secrets
+        else "files (below SSLCertPath)"
     )
     return _reject(
         workload,
         Reason.NO_CERTIFICATE,
         f"{declaration.host} asks for TLS, but there is no {missing}"
         + (" and no SSLDefaultCert." if default is None else "."),
-        "Name both files (below SSLCertPath) in interlock.ssl_cert and interlock.ssl_cert_key, or "
-        "neither and set SSLDefaultCert in the configuration.",
+        f"Name both {what} in {declaration.label('ssl_cert')} and "
+        f"{declaration.label('ssl_cert_key')}, or neither and set SSLDefaultCert in the "
+        "configuration.",
+    )
+
+
+def _path(declaration: RouteDeclaration, extension: Extension, name: str) -> str:
+    """Where a file that a label names lies inside the OpenResty container; empty for none."""
+    if not name:
+        return ""
+    if declaration.dialect.secrets:
+        return extension.secret_path(name)
+    return extension.certificate_path(name)
+
+
+def _backend_tls(declaration: RouteDeclaration, extension: Extension) -> BackendTls | None:
+    asked = declaration.backend_tls
+    if asked is None:
+        return None
+    return replace(
+        asked,
+        ca=_path(declaration, extension, asked.ca),
+        certificate=_path(declaration, extension, asked.certificate),
+        key=_path(declaration, extension, asked.key),
+    )
+
+
+_HSTS_USUAL = "max-age=16000000"
+
+
+def _hsts(declaration: RouteDeclaration, extension: Extension) -> str | None:
+    if declaration.hsts != HSTS_DEFAULT:
+        return declaration.hsts
+    return _HSTS_USUAL if extension.hsts == "off" else extension.hsts
+
+
+def _own_port(
+    workload: Workload, declaration: RouteDeclaration, settings: Settings
+) -> Rejection | None:
+    """That a TCP port is one that the proxy itself listens on, None where it is not."""
+    extension = settings.extension
+    own = {
+        extension.port: "Port",
+        extension.ssl_port: "SSLPort",
+        settings.openresty.admin_port: "AdminPort",
+    }
+    if declaration.tcp_port is None or declaration.tcp_port not in own:
+        return None
+    return _reject(
+        workload,
+        Reason.CONFLICT,
+        f"{declaration.label('tcp_port')}={declaration.tcp_port} is the proxy's own port "
+        f"({own[declaration.tcp_port]}).",
+        "Choose another port.",
     )
 
 
@@ -321,18 +485,18 @@ def find_reach(
             Way.AS_GIVEN,
             port=declaration.port or _lowest(workload.ports),
             network_from="addresses are given by the static file",
-            port_from="each instance's own, else interlock.port",
+            port_from=f"each instance's own, else {declaration.label('port')}",
         )
     network: tuple[str, str] | Rejection | None
     doubt: Rejection | None = None
     if declaration.network:
-        network = _named_network(workload, declaration.network, proxy_networks, proxies)
+        network = _named_network(workload, declaration, proxy_networks, proxies)
     elif workload.host_ports_only:
         network = None
     elif workload.kind is WorkloadKind.CONTAINER:
-        network = _container_network(workload, proxy_networks)
+        network = _container_network(workload, declaration, proxy_networks)
     else:
-        network = _shared_network(workload, proxy_networks)
+        network = _shared_network(workload, declaration, proxy_networks)
     if (
         isinstance(network, Rejection)
         and network.reason == Reason.NETWORK_AMBIGUOUS
@@ -348,16 +512,18 @@ def find_reach(
         return _node_port(workload, declaration)
     name, network_from = network
     if declaration.port is not None:
-        port, port_from = declaration.port, "interlock.port"
+        port, port_from = declaration.port, declaration.label("port")
     else:
         lowest = _lowest(workload.ports)
         if lowest is None:
             return _reject(
                 workload,
                 Reason.NO_PORT,
-                f"{declaration.host}: no port is known, since there is no interlock.port label and "
-                "neither the service nor its image declares one.",
-                "Add the label interlock.port with the port that the application listens on.",
+                f"{declaration.what}: no port is known, since there is no "
+                f"{declaration.label('port')} label and neither the service nor its image "
+                "declares one.",
+                f"Add the label {declaration.label('port')} with the port that the application "
+                "listens on.",
             )
         port, port_from = lowest, "the lowest port declared"
     others = tuple(sorted(set(proxy_networks or ()) - {name, "bridge", "host"}))
@@ -374,11 +540,12 @@ def _listed(names: Iterable[str]) -> str:
 
 def _named_network(
     workload: Workload,
-    label: str,
+    declaration: RouteDeclaration,
     proxy_networks: tuple[str, ...] | None,
     proxies: tuple[str, ...],
 ) -> tuple[str, str] | Rejection:
     """The network of the label: its exact name, else with the stack's name in front."""
+    label, option = declaration.network, declaration.label("network")
     prefixed = f"{workload.stack}_{label}" if workload.stack else label
     name = label if label in workload.networks else prefixed
     if name not in workload.networks:
@@ -386,10 +553,9 @@ def _named_network(
         return _reject(
             workload,
             Reason.NETWORK_UNKNOWN,
-            f"interlock.network={label}, but {subject_of(workload)} is not attached to {tried}; "
+            f"{option}={label}, but {subject_of(workload)} is not attached to {tried}; "
             f"it is attached to: {_listed(workload.networks)}.",
-            "Correct the label interlock.network, or attach it: "
-            + _attach(workload, label, workload.name),
+            f"Correct the label {option}, or attach it: " + _attach(workload, label, workload.name),
         )
     # A proxy in the host's network reaches the bridges of a plain engine without being on them.
     on_bridges = workload.kind is WorkloadKind.CONTAINER and (
@@ -399,21 +565,22 @@ def _named_network(
         return _reject(
             workload,
             Reason.NETWORK_NOT_SHARED,
-            f"interlock.network={label}, but OpenResty is not attached to {name}; OpenResty is "
+            f"{option}={label}, but OpenResty is not attached to {name}; OpenResty is "
             f"attached to: {_listed(proxy_networks)}.",
-            _attach_openresty(workload, name, proxies),
+            _attach_openresty(workload, name, proxies, option),
         )
-    return name, "interlock.network"
+    return name, option
 
 
-def _attach_openresty(workload: Workload, network: str, proxies: tuple[str, ...]) -> str:
+def _attach_openresty(
+    workload: Workload, network: str, proxies: tuple[str, ...], option: str
+) -> str:
     """How OpenResty gets onto a network, by the names of its containers where they are known."""
     commands = "; ".join(_attach(workload, network, proxy) for proxy in proxies or ("OPENRESTY",))
     naming = "" if proxies else " (with its name for OPENRESTY)"
     setting = " or set AttachNetworks = true," if workload.kind is WorkloadKind.CONTAINER else ""
     return (
-        f"Attach OpenResty too: {commands}{naming},{setting} or name another network in "
-        "interlock.network."
+        f"Attach OpenResty too: {commands}{naming},{setting} or name another network in {option}."
     )
 
 
@@ -424,7 +591,7 @@ def _attach(workload: Workload, network: str, target: str) -> str:
 
 
 def _shared_network(
-    workload: Workload, proxy_networks: tuple[str, ...] | None
+    workload: Workload, declaration: RouteDeclaration, proxy_networks: tuple[str, ...] | None
 ) -> tuple[str, str] | Rejection:
     """The one network of a service that OpenResty is on too."""
     if proxy_networks is None:
@@ -436,7 +603,7 @@ def _shared_network(
     if len(candidates) == 1:
         return candidates[0], found
     if candidates:
-        return _ambiguous(workload, candidates, proxy_networks)
+        return _ambiguous(workload, declaration, candidates, proxy_networks)
     if proxy_networks is None:
         return _reject(
             workload,
@@ -453,29 +620,33 @@ def _shared_network(
         f"{_listed(workload.networks)}; OpenResty is attached to: {_listed(proxy_networks)}.",
         "Attach it to a network of OpenResty: "
         + _attach(workload, common, workload.name)
-        + ", and name that network in interlock.network where there is more than one.",
+        + f", and name that network in {declaration.label('network')} where there is more than "
+        "one.",
     )
 
 
 def _ambiguous(
-    workload: Workload, candidates: tuple[str, ...], proxy_networks: tuple[str, ...] | None
+    workload: Workload,
+    declaration: RouteDeclaration,
+    candidates: tuple[str, ...],
+    proxy_networks: tuple[str, ...] | None,
 ) -> Rejection:
+    option = declaration.label("network")
     what = (
         "shares several networks with OpenResty"
         if proxy_networks is not None
         else "is attached to several networks, and it is not known which of them OpenResty is on"
     )
     command = (
-        f"docker service update --label-add interlock.network={sorted(candidates)[0]} "
-        f"{workload.name}"
+        f"docker service update --label-add {option}={sorted(candidates)[0]} {workload.name}"
         if workload.kind is WorkloadKind.SERVICE
-        else f"docker run --label interlock.network={sorted(candidates)[0]} ..."
+        else f"docker run --label {option}={sorted(candidates)[0]} ..."
     )
     return _reject(
         workload,
         Reason.NETWORK_AMBIGUOUS,
         f"{subject_of(workload)} {what}: {_listed(candidates)}.",
-        f"Name one of them in the label interlock.network, for example: {command}",
+        f"Name one of them in the label {option}, for example: {command}",
     )
 
 
@@ -488,7 +659,7 @@ def _doubtful(ambiguous: Rejection, network: str) -> Rejection:
 
 
 def _container_network(
-    workload: Workload, proxy_networks: tuple[str, ...] | None
+    workload: Workload, declaration: RouteDeclaration, proxy_networks: tuple[str, ...] | None
 ) -> tuple[str, str] | Rejection | None:
     """A network that a container shares with a discovered proxy; None: go by published ports."""
     shared = tuple(name for name in workload.networks if name in (proxy_networks or ()))
@@ -497,7 +668,7 @@ def _container_network(
     own = tuple(name for name in shared if name not in ("host", "none") and "/" not in name)
     candidates = tuple(name for name in own if name != "bridge") or own
     if len(candidates) > 1:
-        return _ambiguous(workload, candidates, proxy_networks)
+        return _ambiguous(workload, declaration, candidates, proxy_networks)
     return (candidates[0], "the one network shared with OpenResty") if candidates else None
 
 
@@ -506,7 +677,7 @@ def _node_port(workload: Workload, declaration: RouteDeclaration) -> Reach | Rej
     running = [item for item in workload.instances if item.state in _PEER_STATES]
     published = {port.target for item in running or workload.instances for port in item.published}
     if declaration.port is not None:
-        target, port_from = declaration.port, "interlock.port"
+        target, port_from = declaration.port, declaration.label("port")
     else:
         lowest = _lowest(published)
         if lowest is None:
@@ -515,10 +686,10 @@ def _node_port(workload: Workload, declaration: RouteDeclaration) -> Reach | Rej
             return _reject(
                 workload,
                 Reason.NO_PORT,
-                f"{declaration.host}: no port is known, since there is no interlock.port label and "
-                "no TCP port is published.",
+                f"{declaration.what}: no port is known, since there is no "
+                f"{declaration.label('port')} label and no TCP port is published.",
                 "Publish a port of it, or attach it to a network that OpenResty is on and add the "
-                "labels interlock.network and interlock.port.",
+                f"labels {declaration.label('network')} and {declaration.label('port')}.",
             )
         target, port_from = lowest, "the lowest port published"
     own_node = any(item.host_network for item in workload.instances)
@@ -527,11 +698,11 @@ def _node_port(workload: Workload, declaration: RouteDeclaration) -> Reach | Rej
         return _reject(
             workload,
             Reason.NOT_PUBLISHED,
-            f"{declaration.host}: port {target} ({port_from}) of {subject_of(workload)} is not "
+            f"{declaration.what}: port {target} ({port_from}) of {subject_of(workload)} is not "
             f"published, and no network is shared with OpenResty; published are: "
             f"{_listed(str(port) for port in published)}.",
             f"Publish port {target}, or attach it to a network that OpenResty is on and name that "
-            "network in interlock.network.",
+            f"network in {declaration.label('network')}.",
         )
     return Reach(
         Way.NODE_PORT,
@@ -564,18 +735,66 @@ def _peers(
                 port=port,
                 weight=1 if weight is None else min(max(weight, 0), 1000),
                 state=state,
+                backup=declaration.backup,
             )
         )
     peers.sort(key=_by_id)
     if not missing:
         return tuple(peers), ()
-    return tuple(peers), (_no_address(workload, sorted(missing)),)
+    return tuple(peers), (_no_address(workload, declaration, sorted(missing)),)
+
+
+def _vip_peers(
+    workload: Workload, declaration: RouteDeclaration, reach: Reach
+) -> tuple[tuple[Peer, ...], tuple[Rejection, ...]] | Rejection:
+    """The virtual IP as the one peer, as long as there is a task behind it."""
+    option = declaration.label("backend_mode")
+    found = vip_of(workload, reach)
+    if found is None:
+        where = f" on network {reach.network}" if reach.network else ""
+        return _reject(
+            workload,
+            Reason.NO_VIP,
+            f"{option}=vip, but {subject_of(workload)} has no virtual IP{where}.",
+            f"Virtual IPs are for Swarm services on an overlay network, without --endpoint-mode "
+            f"dnsrr; otherwise remove {option}, so that tasks are reached themselves.",
+        )
+    place = _checked(found.address, reach.port)
+    if isinstance(place, str):
+        return _reject(
+            workload,
+            Reason.NO_VIP,
+            f"{option}=vip, but the virtual IP of {subject_of(workload)} is of no use: {place}.",
+            f"Remove {option}, so that tasks are reached themselves.",
+        )
+    states = {_PEER_STATES.get(item.state) for item in workload.instances}
+    if states <= {None}:
+        return (), ()
+    peer = Peer(
+        id=_peer_id(f"{workload.key.id}-vip"),
+        address=place[0],
+        port=place[1],
+        weight=1 if declaration.weight is None else declaration.weight,
+        state=PeerState.UP if PeerState.UP in states else PeerState.DRAINING,
+        backup=declaration.backup,
+    )
+    return (peer,), ()
+
+
+def vip_of(workload: Workload, reach: Reach) -> Attachment | None:
+    """The virtual IP of a service on the network over which it is reached."""
+    for vip in workload.vips:
+        if reach.way is Way.NETWORK and vip.network == reach.network:
+            return vip
+    return None
 
 
 _NAMED_INSTANCES = 5
 
 
-def _no_address(workload: Workload, missing: list[tuple[str, str]]) -> Rejection:
+def _no_address(
+    workload: Workload, declaration: RouteDeclaration, missing: list[tuple[str, str]]
+) -> Rejection:
     told = "; ".join(f"{name}: {problem}" for name, problem in missing[:_NAMED_INSTANCES])
     more = (
         f"; and {len(missing) - _NAMED_INSTANCES} more" if len(missing) > _NAMED_INSTANCES else ""
@@ -586,7 +805,7 @@ def _no_address(workload: Workload, missing: list[tuple[str, str]]) -> Rejection
         f"{len(missing)} running instance(s) of {subject_of(workload)} cannot be reached: "
         f"{told}{more}.",
         "Others that can be reached serve meanwhile. Check the networks and published ports of "
-        "these, and interlock.network and interlock.port.",
+        f"these, and {declaration.label('network')} and {declaration.label('port')}.",
     )
 
 
@@ -664,30 +883,51 @@ def _checked(address: str, port: int | None) -> tuple[str, int] | str:
 
 
 @dataclass(frozen=True, slots=True)
+class Branch:
+    """The canary of a slot: whose peers it has, how it treats them, and what goes there."""
+
+    winners: tuple[ClaimId, ...]
+    policy: Policy
+    canary: Canary
+
+
+@dataclass(frozen=True, slots=True)
 class Slot:
     """One context root of a name, as settled.
 
     Attributes:
         winners: whose peers serve it, oldest first; empty where it only lingers.
         says_tls: whether those who hold it say something about TLS.
+        hsts: what the oldest that says anything says of HSTS.
     """
 
     root: str
     winners: tuple[ClaimId, ...]
-    rewrite: bool
-    tls_only: bool
+    options: Options
     says_tls: bool
-    tls: Tls | None
-    policy: Policy
+    hsts: str | None
     websocket_endpoints: tuple[str, ...]
+    branch: Branch | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A name as settled: slots sorted by context root, and TLS, which the whole name has."""
+    """A name as settled: slots sorted by context root, and what the whole name has.
+
+    Attributes:
+        passthrough: its TLS connections go to the upstream of "/" unopened.
+        redirect: where all its requests are sent instead; empty for nowhere.
+    """
 
     slots: tuple[Slot, ...]
     tls: Tls | None
+    passthrough: bool = False
+    redirect: str = ""
+
+    @property
+    def served(self) -> tuple[tuple[Slot, ...], Tls | None, bool]:
+        """What a host and its aliases have in common."""
+        return self.slots, self.tls, self.passthrough
 
 
 @dataclass(frozen=True, slots=True)
@@ -699,99 +939,224 @@ class _Name:
     rejections: tuple[Rejection, ...]
 
 
-def _settle(
-    name: str, claims: list[Claim], lingering: Iterable[Slot]
-) -> tuple[Table, tuple[Rejection, ...]]:
-    """Give each context root of `name` to the oldest claim and to those that agree with it.
+class _Settling:
+    """Gives each context root of a name to the oldest claim and to those that agree with it.
 
     TLS belongs to the whole name: the oldest claim that says anything about it decides, who says
-    nothing takes it as it is, and who says something else is refused.
+    nothing takes it as it is, and who says something else is refused. Canaries come after all
+    others: one without anything to be the canary of serves as if it were none.
+    """
+
+    def __init__(self, name: str, claims: list[Claim]) -> None:
+        """Settle.
+
+        Args:
+            claims: oldest first.
+        """
+        self.name = name
+        self.rejections: list[Rejection] = []
+        self.decider: Claim | None = None
+        self._holders: dict[str, list[Claim]] = {}
+        self._canaries: dict[str, list[Claim]] = {}
+        for claim in claims:
+            if claim.canary(name) is None:
+                self._admit(claim)
+        mains = frozenset(self._holders)
+        for claim in claims:
+            if claim.canary(name) is not None:
+                self._admit(claim, canary=claim.root(name) in mains)
+        self.redirect = self._settle_redirect(claims)
+
+    def slots(self) -> list[Slot]:
+        """The slots that are claimed."""
+        return [self._slot(root, winners) for root, winners in self._holders.items()]
+
+    def _admit(self, claim: Claim, *, canary: bool = False) -> None:
+        root = claim.root(self.name)
+        holders = self._holders.get(root)
+        beside = self._canaries.get(root) if canary else holders
+        differ = [] if not holders else self._differences(claim, holders[0], policy=not canary)
+        if canary and beside and not differ:
+            differ = self._canary_differences(claim, beside[0])
+            holders = beside
+        if differ and holders:
+            self.rejections.append(_conflict(self.name, claim, holders[0], differ))
+            return
+        if claim.says_tls(self.name):
+            mine = claim.options(self.name)
+            if self.decider is not None:
+                theirs = self.decider.options(self.name)
+                if (mine.tls, mine.passthrough) != (theirs.tls, theirs.passthrough):
+                    self.rejections.append(_tls_conflict(self.name, claim, self.decider))
+                    return
+            self.decider = self.decider or claim
+        (self._canaries if canary else self._holders).setdefault(root, []).append(claim)
+
+    def _differences(self, claim: Claim, holder: Claim, *, policy: bool) -> list[str]:
+        mine, theirs = claim.options(self.name), holder.options(self.name)
+        differ = [
+            told_as(claim.declaration)
+            for field, told_as in _OPTION_LABELS.items()
+            if getattr(mine, field) != getattr(theirs, field) and (policy or field != "policy")
+        ]
+        if self.name == DEFAULT and claim.declaration.host != holder.declaration.host:
+            differ.append("the host")
+        if self.name.startswith(_TCP) and not _same_set(claim, holder):
+            differ.append("the service")
+        return differ
+
+    def _canary_differences(self, claim: Claim, holder: Claim) -> list[str]:
+        differ = []
+        if claim.canary(self.name) != holder.canary(self.name):
+            differ.append(claim.declaration.label("canary.*"))
+        if claim.declaration.policy != holder.declaration.policy:
+            differ.append("the balancing policy")
+        return differ
+
+    def _settle_redirect(self, claims: list[Claim]) -> str:
+        """The oldest claim decides where the requests of a name are sent."""
+        target = ""
+        for number, claim in enumerate(claims):
+            redirects = {item.host: item.target for item in claim.declaration.redirects}
+            mine = redirects.get(self.name, "")
+            if number == 0:
+                target = mine
+            elif mine and mine != target:
+                self.rejections.append(_redirect_conflict(self.name, claim, claims[0], mine))
+        return target
+
+    def _slot(self, root: str, winners: list[Claim]) -> Slot:
+        oldest, canaries = winners[0], self._canaries.get(root)
+        branch = None
+        if canaries:
+            canary = canaries[0].canary(self.name)
+            assert canary is not None
+            branch = Branch(
+                winners=tuple(claim.id for claim in canaries),
+                policy=canaries[0].declaration.policy,
+                canary=canary,
+            )
+        said = (claim.hsts for claim in winners if claim.hsts is not None)
+        return Slot(
+            root=root,
+            winners=tuple(claim.id for claim in winners),
+            options=oldest.options(self.name),
+            says_tls=any(claim.says_tls(self.name) for claim in winners),
+            hsts=next(said, None),
+            websocket_endpoints=tuple(
+                sorted(
+                    {path for claim in winners for path in claim.declaration.websocket_endpoints}
+                )
+            ),
+            branch=branch,
+        )
+
+
+def _same_set(claim: Claim, holder: Claim) -> bool:
+    """Whether two claims to one port are of containers that were made alike, to be one service."""
+    containers = claim.kind is holder.kind is WorkloadKind.CONTAINER
+    return containers and claim.declaration == holder.declaration
+
+
+def _settle(
+    name: str, claims: list[Claim], lingering: Iterable[Slot], before: Table | None, hsts: str
+) -> tuple[Table, tuple[Rejection, ...]]:
+    """What becomes of a name.
 
     Args:
         claims: oldest first.
         lingering: slots that nobody claims and that stay; none of them has the root of a claim.
+        before: what the name was; where nobody claims it, it stays like that.
+        hsts: value of the header for names that are redirected to TLS and say nothing of it.
     """
-    holders: dict[str, list[Claim]] = {}
-    decider: Claim | None = None
-    rejections: list[Rejection] = []
-    for claim in claims:
-        root = claim.declaration.context_root
-        holder = holders[root][0] if root in holders else None
-        if holder is not None and holder.options != claim.options:
-            rejections.append(_conflict(name, claim, holder))
-            continue
-        if claim.declaration.tls is not None:
-            if decider is not None and decider.tls != claim.tls:
-                rejections.append(_tls_conflict(name, claim, decider))
-                continue
-            decider = decider or claim
-        holders.setdefault(root, []).append(claim)
-    slots = [_slot(root, winners) for root, winners in holders.items()]
-    slots.extend(lingering)
+    settling = _Settling(name, claims)
+    slots = [*settling.slots(), *lingering]
     slots.sort(key=lambda slot: slot.root)
+    decider = settling.decider
     if decider is not None:
-        tls = decider.tls
+        options = decider.options(name)
+        tls, passthrough = options.tls, options.passthrough
     else:
         # Where nobody says anything there may still be a certificate that serves every host.
-        telling = [slot for slot in slots if slot.says_tls] or [slot for slot in slots if slot.tls]
-        tls = telling[0].tls if telling else None
+        with_tls = [slot for slot in slots if slot.options.tls]
+        telling = [slot for slot in slots if slot.says_tls] or with_tls
+        tls = telling[0].options.tls if telling else None
+        passthrough = bool(telling) and telling[0].options.passthrough
     # A lingering slot may have lost the TLS that it was made for.
     settled = tuple(
-        replace(slot, tls_only=False) if slot.tls_only and tls is None else slot for slot in slots
+        replace(slot, options=slot.options._replace(tls_only=False))
+        if slot.options.tls_only and tls is None and not passthrough
+        else slot
+        for slot in slots
     )
-    return Table(settled, tls), tuple(rejections)
+    if tls is not None:
+        said = [slot.hsts for slot in settled if slot.hsts is not None]
+        if decider is not None and decider.hsts is not None:
+            said.insert(0, decider.hsts)
+        only = any(slot.options.tls_only for slot in settled)
+        tls = replace(tls, hsts=said[0] if said else hsts if only else "")
+    redirect = settling.redirect
+    if not claims and before is not None:
+        redirect = before.redirect
+    return Table(settled, tls, passthrough, redirect), tuple(settling.rejections)
 
 
-def _slot(root: str, winners: list[Claim]) -> Slot:
-    oldest = winners[0]
-    return Slot(
-        root=root,
-        winners=tuple(claim.id for claim in winners),
-        rewrite=oldest.declaration.rewrite,
-        tls_only=oldest.declaration.tls_only,
-        says_tls=any(claim.declaration.tls is not None for claim in winners),
-        tls=oldest.tls,
-        policy=oldest.declaration.policy,
-        websocket_endpoints=tuple(
-            sorted({path for claim in winners for path in claim.declaration.websocket_endpoints})
-        ),
-    )
+_OPTION_LABELS: Mapping[str, Callable[[RouteDeclaration], str]] = {
+    "rewrite": lambda route: route.label("context_root_rewrite"),
+    "tls_only": lambda route: route.label("ssl_only"),
+    "tls": lambda route: (
+        f"{route.label('ssl')}, {route.label('ssl_cert')} or {route.label('ssl_cert_key')}"
+    ),
+    "passthrough": lambda route: route.label("ssl_passthrough"),
+    "backend_tls": lambda route: f"{route.label('ssl_backend')} and what belongs to it",
+    "protocol": lambda route: route.label("protocol"),
+    "mirror": lambda route: route.label("mirror"),
+    "directives": lambda route: route.label("backend_option"),
+    "policy": lambda _: "the balancing policy",
+}
 
 
-_OPTION_LABELS = (
-    "interlock.context_root_rewrite",
-    "interlock.ssl_only",
-    "interlock.ssl, interlock.ssl_cert or interlock.ssl_cert_key",
-    "the balancing policy",
-)
-
-
-def _conflict(name: str, claim: Claim, holder: Claim) -> Rejection:
-    differ = [
-        label
-        for label, mine, theirs in zip(_OPTION_LABELS, claim.options, holder.options, strict=True)
-        if mine != theirs
-    ]
+def _conflict(name: str, claim: Claim, holder: Claim, differ: list[str]) -> Rejection:
+    what = told(name, claim.root(name))
+    if name.startswith(_TCP):
+        hint = "Choose another port of the proxy."
+    else:
+        hint = (
+            f"Give {claim.subject} the same options as {holder.subject} to have both serve it, "
+            "or another host or context root."
+        )
     return Rejection(
         subject=claim.subject,
         reason=Reason.CONFLICT.value,
-        message=f"{name}{claim.declaration.context_root} is held by {holder.subject}, which is "
-        f"older, and {claim.subject} asks for it with other options: {', '.join(differ)}.",
-        hint=f"Give {claim.subject} the same options as {holder.subject} to have both serve it, "
-        "or another host or context root.",
+        message=f"{what} is held by {holder.subject}, which is older, and {claim.subject} asks "
+        f"for it with other options: {', '.join(differ)}.",
+        hint=hint,
         source=claim.id.workload.source,
     )
 
 
 def _tls_conflict(name: str, claim: Claim, decider: Claim) -> Rejection:
+    route = claim.declaration
     return Rejection(
         subject=claim.subject,
         reason=Reason.TLS_CONFLICT.value,
         message=f"{name} has its TLS from {decider.subject}, which is older, and {claim.subject} "
-        "asks for other TLS (interlock.ssl, interlock.ssl_cert, interlock.ssl_cert_key) on "
-        "another context root of that host.",
+        f"asks for other TLS ({route.label('ssl')}, {route.label('ssl_cert')}, "
+        f"{route.label('ssl_cert_key')}) on another context root of that host.",
         hint=f"Remove the TLS labels of {claim.subject}, which then has the TLS of the host, or "
         f"make them equal to those of {decider.subject}.",
+        source=claim.id.workload.source,
+    )
+
+
+def _redirect_conflict(name: str, claim: Claim, holder: Claim, target: str) -> Rejection:
+    return Rejection(
+        subject=claim.subject,
+        reason=Reason.CONFLICT.value,
+        message=f"{name} is held by {holder.subject}, which is older and does not redirect it to "
+        f"{target}, as {claim.subject} asks for.",
+        hint=f"Give {holder.subject} the same {claim.declaration.label('redirects')}, or remove "
+        "them.",
         source=claim.id.workload.source,
     )
 
@@ -827,9 +1192,12 @@ class Compiler:
         self._names: dict[str, _Name] = {}
         self._candidates: dict[str, set[str]] = {}
         self._lingering: dict[tuple[str, str], float] = {}
+        self._mirrors: dict[str, set[str]] = {}
         self._hosts: dict[str, Host] = {}
+        self._default: tuple[Location, ...] = ()
+        self._tcp: dict[int, str] = {}
         self._upstreams: dict[str, Upstream] = {}
-        self._roots: dict[str, tuple[str, ...]] = {}
+        self._served: dict[str, tuple[str, ...]] = {}
         self._rejected: dict[tuple[str, ...], tuple[Rejection, ...]] = {}
         self._desired = Desired(Membership({}), Site(()), ())
         self._dirty_names: set[str] = set()
@@ -899,7 +1267,7 @@ class Compiler:
 
     def _forget(self, source: str, key: WorkloadKey) -> None:
         before = self._sources[source].examined.pop(key)
-        self._compare(before, Examined(before.workload, NOTHING, (), ()))
+        self._compare(before, replace(before, reading=NOTHING, routes=(), rejections=()))
 
     def _compare(self, before: Examined | None, after: Examined) -> None:
         """Note what is to be done again because of one workload."""
@@ -970,10 +1338,19 @@ class Compiler:
     def _settle_name(self, name: str, now: float) -> None:
         before = self._names.get(name)
         claims = sorted(self._claims.get(name, {}).values(), key=lambda claim: claim.order)
-        roots = {claim.declaration.context_root for claim in claims}
+        roots = {claim.root(name) for claim in claims}
         lingering = self._linger(name, before, roots, now)
-        table, rejections = _settle(name, claims, lingering)
+        assert self._settings is not None
+        hsts = self._settings.extension.hsts
+        table, rejections = _settle(
+            name,
+            claims,
+            lingering,
+            before.table if before is not None else None,
+            "" if hsts == "off" else hsts,
+        )
         self._note_rejections(("name", name), rejections)
+        self._index_mirrors(name, before, table)
         if not table.slots:
             self._set_candidate(name, before, None)
             self._names.pop(name, None)
@@ -1000,8 +1377,21 @@ class Compiler:
             if deadline <= now or dropped:
                 del self._lingering[key]
                 continue
-            slots.append(replace(slot, winners=()))
+            slots.append(replace(slot, winners=(), branch=None))
         return slots
+
+    def _index_mirrors(self, name: str, before: _Name | None, table: Table) -> None:
+        """Remember which hosts are mirrored by `name`, whose file depends on them."""
+        old = before.table.slots if before is not None else ()
+        for slot in old:
+            if slot.options.mirror is not None:
+                target = slot.options.mirror[0]
+                self._mirrors.get(target, set()).discard(name)
+                if not self._mirrors.get(target):
+                    self._mirrors.pop(target, None)
+        for slot in table.slots:
+            if slot.options.mirror is not None:
+                self._mirrors.setdefault(slot.options.mirror[0], set()).add(name)
 
     def _deadline(self, now: float) -> float:
         """When what loses its last claim now is to go: after one to two times HostLinger.
@@ -1015,6 +1405,8 @@ class Compiler:
 
     def _candidate(self, name: str, table: Table, before: _Name | None) -> str | None:
         """The host that `name` is an alias of, if whoever serves it has it as an alias only."""
+        if not _is_host(name):
+            return None
         winners = [self._routes[winner].claim for slot in table.slots for winner in slot.winners]
         if not winners:
             return before.candidate if before is not None else None
@@ -1039,7 +1431,7 @@ class Compiler:
         if known.candidate is None:
             return None
         host = self._names.get(known.candidate)
-        if host is None or host.candidate is not None or host.table != known.table:
+        if host is None or host.candidate is not None or host.table.served != known.table.served:
             return None
         return known.candidate
 
@@ -1047,7 +1439,11 @@ class Compiler:
 
     def _assemble_hosts(self, touched: set[str]) -> bool:
         changed = False
-        for name in sorted(touched):
+        mirroring = {name for target in touched for name in self._mirrors.get(target, ())}
+        for name in sorted(touched | mirroring):
+            if not _is_host(name):
+                changed = self._assemble_other(name) or changed
+                continue
             old = self._hosts.get(name)
             new = self._host(name)
             if new == old:
@@ -1062,28 +1458,88 @@ class Compiler:
     def _host(self, name: str) -> Host | None:
         known = self._names.get(name)
         if known is None or self._folded_into(name) is not None:
+            self._note_rejections(("mirror", name), ())
             return None
+        aliases = tuple(
+            sorted(
+                alias
+                for alias in self._candidates.get(name, ())
+                if self._folded_into(alias) == name
+            )
+        )
+        redirects = (
+            Redirect(each, target)
+            for each in (name, *aliases)
+            if (target := self._names[each].table.redirect)
+        )
+        opened = known.table.slots[0].root == "/"
         return Host(
             name=name,
-            aliases=tuple(
-                sorted(
-                    alias
-                    for alias in self._candidates.get(name, ())
-                    if self._folded_into(alias) == name
-                )
-            ),
-            locations=tuple(
-                Location(
-                    path=slot.root,
-                    upstream=name + slot.root,
-                    rewrite=slot.rewrite,
-                    tls_only=slot.tls_only,
-                    websocket_endpoints=slot.websocket_endpoints,
-                )
-                for slot in known.table.slots
-            ),
+            aliases=aliases,
+            locations=self._locations(name, known.table.slots),
             tls=known.table.tls,
+            redirects=tuple(sorted(redirects, key=lambda redirect: redirect.host)),
+            passthrough=name + "/" if known.table.passthrough and opened else "",
         )
+
+    def _assemble_other(self, name: str) -> bool:
+        """The default backend, or a port; tells whether it is another."""
+        known = self._names.get(name)
+        if name == DEFAULT:
+            slots = known.table.slots if known is not None else ()
+            old, self._default = self._default, self._locations(name, slots)
+            return old != self._default
+        port = int(name.removeprefix(_TCP))
+        before = self._tcp.pop(port, None)
+        if known is not None:
+            self._tcp[port] = name + "/"
+        return before != self._tcp.get(port)
+
+    def _locations(self, name: str, slots: tuple[Slot, ...]) -> tuple[Location, ...]:
+        rejections: list[Rejection] = []
+        locations = tuple(
+            Location(
+                path=slot.root,
+                upstream=name + slot.root,
+                rewrite=slot.options.rewrite,
+                tls_only=slot.options.tls_only,
+                websocket_endpoints=slot.websocket_endpoints,
+                backend_tls=slot.options.backend_tls,
+                protocol=slot.options.protocol,
+                mirror=self._mirror(name, slot, rejections),
+                directives=slot.options.directives,
+            )
+            for slot in slots
+        )
+        self._note_rejections(("mirror", name), tuple(rejections))
+        return locations
+
+    def _mirror(self, name: str, slot: Slot, rejections: list[Rejection]) -> str:
+        """The upstream that a slot is mirrored to; empty for none, or where there is none."""
+        if slot.options.mirror is None:
+            return ""
+        host, root = slot.options.mirror
+        known = self._names.get(host)
+        found = known is not None and any(item.root == root for item in known.table.slots)
+        upstream = (self._folded_into(host) or host) + root if found else ""
+        if upstream and upstream != name + slot.root:
+            return upstream
+        for winner in slot.winners[:1]:
+            claim = self._routes[winner].claim
+            label = claim.declaration.label("mirror")
+            where = "that is the route itself" if upstream else "there is no such route"
+            rejections.append(
+                Rejection(
+                    subject=claim.subject,
+                    reason=Reason.MIRROR_UNKNOWN.value,
+                    message=f"{label}={host}{root}: {where}, so {told(name, slot.root)} is not "
+                    "mirrored.",
+                    hint="Name the host and the context root of another route, for example "
+                    "shadow.example.com or shadow.example.com/api.",
+                    source=claim.id.workload.source,
+                )
+            )
+        return ""
 
     def _assemble_upstreams(self, touched: set[str]) -> bool:
         changes: dict[str, Upstream | None] = {}
@@ -1094,8 +1550,8 @@ class Compiler:
             for name in claim.names if claim is not None else ():
                 if name in touched or claim is None:
                     continue
-                root = claim.declaration.context_root
-                if root in self._roots.get(name, ()):
+                root = claim.root(name)
+                if name + root in self._served.get(name, ()):
                     slot = next(s for s in self._names[name].table.slots if s.root == root)
                     self._upstream(name, slot, changes)
         if not changes:
@@ -1114,40 +1570,58 @@ class Compiler:
         return True
 
     def _upstreams_of(self, name: str, changes: dict[str, Upstream | None]) -> None:
-        old = self._roots.get(name, ())
-        slots = self._names[name].table.slots if name in self._hosts else ()
-        roots = tuple(slot.root for slot in slots)
-        for root in old:
-            if root not in roots:
-                changes[name + root] = None
-                self._note_rejections(("peers", name, root), ())
+        old = self._served.get(name, ())
+        own = name in self._hosts or not _is_host(name)
+        slots = self._names[name].table.slots if own and name in self._names else ()
+        served = [name + slot.root for slot in slots]
+        served += [name + slot.root + CANARY for slot in slots if slot.branch is not None]
+        for key in old:
+            if key not in served:
+                changes[key] = None
+                self._note_rejections(("peers", key), ())
         for slot in slots:
             self._upstream(name, slot, changes)
-        if roots:
-            self._roots[name] = roots
+        if served:
+            self._served[name] = tuple(served)
         else:
-            self._roots.pop(name, None)
+            self._served.pop(name, None)
 
     def _upstream(self, name: str, slot: Slot, changes: dict[str, Upstream | None]) -> None:
-        routes = [self._routes[winner] for winner in slot.winners]
+        key, policy, branch = name + slot.root, slot.options.policy, slot.branch
+        if branch is not None:
+            canary = replace(branch.canary, upstream=key + CANARY)
+            policy = replace(policy, canary=canary)
+            self._put_upstream(canary.upstream, branch.winners, branch.policy, changes)
+        self._put_upstream(key, slot.winners, policy, changes)
+
+    def _put_upstream(
+        self,
+        key: str,
+        winners: tuple[ClaimId, ...],
+        policy: Policy,
+        changes: dict[str, Upstream | None],
+    ) -> None:
+        routes = [self._routes[winner] for winner in winners]
         peers = merge_peers([route.peers for route in routes])
-        key = name + slot.root
-        self._note_rejections(("peers", name, slot.root), _surplus(key, peers))
-        old = self._upstreams.get(key)
+        self._note_rejections(("peers", key), _surplus(key, peers))
         new = Upstream(
             name=key,
             peers=peers[:MAX_PEERS],
-            policy=slot.policy,
+            policy=policy,
             hold=max((route.hold for route in routes), default=0.0),
         )
-        if new != old:
+        if new != self._upstreams.get(key):
             changes[key] = new
 
     def _publish(self, *, site_changed: bool, membership_changed: bool) -> Desired:
         old = self._desired
         site, membership, rejections = old.site, old.membership, old.rejections
         if site_changed:
-            site = Site(tuple(self._hosts[name] for name in sorted(self._hosts)))
+            site = Site(
+                hosts=tuple(self._hosts[name] for name in sorted(self._hosts)),
+                default=self._default,
+                tcp=tuple(TcpRoute(port, self._tcp[port]) for port in sorted(self._tcp)),
+            )
             site = old.site if site == old.site else site
         if membership_changed:
             membership = Membership(self._upstreams)
@@ -1227,12 +1701,17 @@ def _surplus(upstream: str, peers: tuple[Peer, ...]) -> tuple[Rejection, ...]:
         return ()
     return (
         Rejection(
-            subject=f"host {upstream.split('/', 1)[0]}",
+            subject=_subject_of_upstream(upstream),
             reason=Reason.TOO_MANY_PEERS.value,
             message=f"{upstream} has {len(peers)} peers; only the first {MAX_PEERS} serve.",
             hint="Split the service over several hosts or context roots.",
         ),
     )
+
+
+def _subject_of_upstream(upstream: str) -> str:
+    name = upstream.split("/", 1)[0]
+    return f"host {name}" if _is_host(name) else told(name)
 
 
 def _rank(rejection: Rejection) -> tuple[str, str, str, str, str]:

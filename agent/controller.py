@@ -17,8 +17,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from pydantic import TypeAdapter
+
 from agent import policies, render
-from agent.compile import Compiler
+from agent.compile import DEFAULT, Compiler
 from agent.config.settings import Settings
 from agent.discovery.base import Observer, Source, SourceStatus
 from agent.driver.fleet import Fleet, InstanceState, InstanceView, Options
@@ -27,7 +29,16 @@ from agent.driver.parts import Rendered
 from agent.driver.targets import Target, targets
 from agent.errors import SettingsError
 from agent.metrics import InstanceSeries, Metrics, SourceView, version
-from agent.model import Desired, Membership, Rejection, Site, Snapshot, SourceSnapshot
+from agent.model import (
+    Desired,
+    Host,
+    Location,
+    Membership,
+    Rejection,
+    Site,
+    Snapshot,
+    SourceSnapshot,
+)
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +145,9 @@ class State:
                 for source in self.sources
             ],
             "routes": _routes(self.desired),
+            "tcp": [
+                {"port": route.port, "upstream": route.upstream} for route in self.desired.site.tcp
+            ],
             "upstreams": [
                 {
                     "name": upstream.name,
@@ -192,6 +206,7 @@ def _age(now: float, at: float) -> float | None:
 
 def _routes(desired: Desired) -> list[dict[str, object]]:
     upstreams = desired.membership.upstreams
+    unclaimed = Host(DEFAULT, (), desired.site.default)
     return [
         {
             "host": host.name,
@@ -204,10 +219,15 @@ def _routes(desired: Desired) -> list[dict[str, object]]:
             "tls": host.tls is not None,
             "tls_only": location.tls_only,
             "rewrite": location.rewrite,
+            "location": _LOCATION.dump_python(location, mode="json", exclude_defaults=True),
         }
-        for host in desired.site.hosts
+        for host in (*desired.site.hosts, unclaimed)
         for location in host.locations
     ]
+
+
+_LOCATION = TypeAdapter(Location)
+"""What of a location differs from the defaults; `plan` makes the location of it again."""
 
 
 class _SourceSet:

@@ -14,15 +14,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from agent.compile import Examined, Route, Way, examine, place_of, proxy_containers
+from agent.compile import (
+    Examined,
+    Route,
+    Way,
+    examine,
+    place_of,
+    proxy_containers,
+    told,
+    vip_of,
+)
 from agent.config.settings import Settings
-from agent.labels import Reason, subject_of
+from agent.labels import INTERLOCK, Reason, subject_of
 from agent.model import (
+    Canary,
     Desired,
     Host,
     Instance,
     InstanceState,
     Location,
+    Peer,
     PeerState,
     Rejection,
     Snapshot,
@@ -290,6 +301,7 @@ class _Teller:
             for location in host.locations:
                 upstream = self._desired.membership.upstreams.get(location.upstream)
                 more, serves = _tell_location(host, location, upstream)
+                more += self._tell_canary(upstream)
                 lost = self._refused_parts(location)
                 steps += more + lost
                 refused = refused or bool(lost)
@@ -363,13 +375,21 @@ class _Teller:
                 )
             ]
         for route in examined.reading.routes:
-            names = ", ".join((route.host, *route.aliases))
+            which = f" (route {route.name})" if route.name else ""
             steps.append(
-                Step(Outcome.OK, f"Its labels ask for {names}, context root {route.context_root}.")
+                Step(
+                    Outcome.OK,
+                    f"Its labels ask for {route.what}, context root {route.context_root}{which}.",
+                )
             )
         written = {**examined.workload.template_labels, **examined.workload.labels}
-        if "interlock.domain" not in written and any(
-            route.host.endswith(".local") for route in examined.reading.routes
+        if any(
+            route.dialect is INTERLOCK
+            and route.host.endswith(".local")
+            and "interlock.domain" not in written
+            and route.label("domain") not in written
+            and route.label("hostname") in written
+            for route in examined.reading.routes
         ):
             steps.append(
                 Step(
@@ -413,39 +433,87 @@ class _Teller:
             else (reach.network_from)
         )
         port = "" if reach.port is None else f", port {reach.port} ({reach.port_from})"
-        steps = [Step(Outcome.OK, f"Its instances are reached over {where}{port}.")]
+        name_ = route.claim.declaration.name
+        which = f"Route {name_}: its" if name_ else "Its"
+        steps = [Step(Outcome.OK, f"{which} instances are reached over {where}{port}.")]
+        vip = vip_of(workload, reach) if route.claim.declaration.vip else None
+        if vip is not None:
+            steps.append(
+                Step(
+                    Outcome.OK, f"All go to the virtual IP {vip.address}: Docker chooses the task."
+                )
+            )
         if route.claim.tls is not None:
             steps.append(Step(Outcome.OK, f"TLS with certificate {route.claim.tls.certificate}."))
         known = self._examined(workload).rejections
         lost = [_refusal(item) for item in self._refused(workload) if item not in known]
         steps += lost
         serves = refused = False
+        ours = {peer.id for peer in route.peers}
         for name in route.claim.names:
-            host = self._by_name.get(name)
-            found = _location(host, route.claim.declaration.context_root)
-            if host is None or found is None:
+            place = self._place(name, route.claim.root(name))
+            if place is None:
                 continue
-            upstream = self._desired.membership.upstreams.get(found.upstream)
-            ours = {peer.id for peer in route.peers}
-            mine = [peer for peer in upstream.peers if peer.id in ours] if upstream else []
+            upstream, mine = self._share(place.upstream, ours)
             if route.peers and not mine:
                 continue
-            beside = f" (an alias of {host.name})" if host.name != name else ""
             up = sum(peer.state is PeerState.UP and peer.weight > 0 for peer in mine)
             if mine or not lost:
+                canary = " as its canary" if upstream != place.upstream else ""
                 steps.append(
                     Step(
                         Outcome.OK if up else Outcome.FAILED,
-                        f"{name}{found.path}{beside} is in the site and goes to upstream "
-                        f"{found.upstream}, in which {up} of its peers are up.",
+                        f"{place.text} is in the site and goes to upstream {upstream}{canary}, in "
+                        f"which {up} of its peers are up.",
                         "" if up else "See below what its instances are waiting for.",
                     )
                 )
-            parts = self._refused_parts(host, found)
+            parts = self._refused_parts(*place.parts)
             steps += [step for step in parts if step not in steps]
             refused = refused or bool(parts)
             serves = serves or (up > 0 and not parts)
         return steps, serves, refused
+
+    def _place(self, name: str, root: str) -> _Place | None:
+        """Where in the site a name and context root of a claim are."""
+        site = self._desired.site
+        host = self._by_name.get(name)
+        found = _location(host.locations if host is not None else (), root)
+        if host is not None and found is not None:
+            beside = f" (an alias of {host.name})" if host.name != name else ""
+            return _Place(f"{name}{found.path}{beside}", found.upstream, (host, found))
+        default = _location(site.default, root)
+        upstream = f"{name}{root}"
+        if default is not None and default.upstream == upstream:
+            return _Place(told(name, root), upstream, (default,))
+        if any(route.upstream == upstream for route in site.tcp):
+            return _Place(told(name), upstream)
+        return None
+
+    def _share(self, name: str, ours: set[str]) -> tuple[str, list[Peer]]:
+        """Our peers in that upstream or in its canary, and in which of the two."""
+        upstreams = self._desired.membership.upstreams
+        upstream = upstreams.get(name)
+        mine = [peer for peer in upstream.peers if peer.id in ours] if upstream else []
+        canary = upstream.policy.canary if upstream else None
+        if mine or canary is None or canary.upstream not in upstreams:
+            return name, mine
+        mine = [peer for peer in upstreams[canary.upstream].peers if peer.id in ours]
+        return (canary.upstream if mine else name), mine
+
+    def _tell_canary(self, upstream: Upstream | None) -> list[Step]:
+        canary = upstream.policy.canary if upstream is not None else None
+        if canary is None:
+            return []
+        found = self._desired.membership.upstreams.get(canary.upstream)
+        peers = found.peers if found is not None else ()
+        up = sum(peer.state is PeerState.UP and peer.weight > 0 for peer in peers)
+        return [
+            Step(
+                Outcome.OK if up else Outcome.NOTE,
+                f"Its canary {canary.upstream} gets {_share_of(canary)}: {up} peer(s) up.",
+            )
+        ]
 
     def _instance_step(self, workload: Workload, instance: Instance, examined: Examined) -> Step:
         node = f" on {instance.node}" if instance.node else ""
@@ -457,22 +525,25 @@ class _Teller:
             return Step(Outcome.NOTE, f"{who} is gone{why}.")
         if not examined.routes:
             return Step(Outcome.FAILED, f"{who} is {instance.state.value}{why}, but not routed.")
-        reach = examined.routes[0].reach
-        place = place_of(instance, reach, self._settings)
-        if isinstance(place, str):
-            hint = (
-                f"Attach it to {reach.network}."
-                if reach.way is Way.NETWORK
-                else "Publish the port that is routed to."
-            )
-            return Step(Outcome.FAILED, f"{who} is {instance.state.value}, but {place}.", hint)
-        address, port = place
-        shown = f"[{address}]" if ":" in address else address
+        places: dict[str, None] = {}
+        for route in examined.routes:
+            reach = route.reach
+            place = place_of(instance, reach, self._settings)
+            if isinstance(place, str):
+                hint = (
+                    f"Attach it to {reach.network}."
+                    if reach.way is Way.NETWORK
+                    else "Publish the port that is routed to."
+                )
+                return Step(Outcome.FAILED, f"{who} is {instance.state.value}, but {place}.", hint)
+            address, port = place
+            places[f"[{address}]:{port}" if ":" in address else f"{address}:{port}"] = None
+        where = " and ".join(places)
         if instance.state is InstanceState.DRAINING:
             return Step(
-                Outcome.NOTE, f"{who} is draining at {shown}:{port}: no new requests go to it{why}."
+                Outcome.NOTE, f"{who} is draining at {where}: no new requests go to it{why}."
             )
-        return Step(Outcome.OK, f"{who} is up at {shown}:{port}.")
+        return Step(Outcome.OK, f"{who} is up at {where}.")
 
 
 def _kind(workload: Workload) -> str:
@@ -483,8 +554,26 @@ def _sorted(workload: Workload) -> list[Instance]:
     return sorted(workload.instances, key=lambda item: (item.name, item.id))
 
 
-def _location(host: Host | None, root: str) -> Location | None:
-    for location in host.locations if host is not None else ():
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A place in the site: told to people, its upstream, and what OpenResty could refuse of it."""
+
+    text: str
+    upstream: str
+    parts: tuple[Host | Location, ...] = ()
+
+
+def _share_of(canary: Canary) -> str:
+    shares = [f"{canary.weight}% of the requests"] if canary.weight else []
+    if canary.header:
+        shares.append(f"those with header {canary.header}: {canary.header_value or 'always'}")
+    if canary.cookie:
+        shares.append(f"those with cookie {canary.cookie}=always")
+    return ", ".join(shares) or "nothing"
+
+
+def _location(locations: tuple[Location, ...], root: str) -> Location | None:
+    for location in locations:
         if location.path == root:
             return location
     return None
@@ -497,6 +586,11 @@ def _refusal(rejection: Rejection) -> Step:
 
 def _place_in_site(name: str, host: Host) -> Step:
     tls = " and TLS" if host.tls is not None else ""
+    if host.passthrough:
+        tls = ", and its TLS is passed through unopened"
+    for redirect in host.redirects:
+        if redirect.host == name:
+            return Step(Outcome.OK, f"{name} is in the site, redirected to {redirect.target}{tls}.")
     if name == host.name:
         return Step(Outcome.OK, f"{name} is in the site, on plain HTTP{tls}.")
     if name in host.aliases:
@@ -510,6 +604,8 @@ def _tell_location(
 ) -> tuple[list[Step], bool]:
     where = f"{host.name}{location.path}"
     only = " (plain HTTP is redirected to TLS)" if location.tls_only else ""
+    if location.mirror:
+        only += f" (mirrored to {location.mirror})"
     peers = upstream.peers if upstream is not None else ()
     up = sum(peer.state is PeerState.UP and peer.weight > 0 for peer in peers)
     rest = len(peers) - up

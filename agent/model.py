@@ -109,6 +109,9 @@ class Workload:
             without it.
         host_ports_only: True for a service that is on no overlay network, so that its instances
             are reached at their node's address and published port.
+        vips: virtual IPs of a Swarm service, one for each of its networks; none where it has none
+            (endpoint mode dnsrr).
+        hostname, domainname: the name that a container has for itself, in two parts.
     """
 
     key: WorkloadKey
@@ -123,6 +126,9 @@ class Workload:
     wanted: int | None = None
     stack: str = ""
     host_ports_only: bool = False
+    vips: tuple[Attachment, ...] = ()
+    hostname: str = ""
+    domainname: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pydantic import BaseModel, ConfigDict, Field
 
 from agent import policies
+from agent.compile import DEFAULT
 from agent.driver.openresty import Build
 from agent.driver.parts import Connect, Rendered, Renderer, diff
 from agent.driver.targets import Target
@@ -27,6 +28,7 @@ from agent.model import (
     Policy,
     Rejection,
     Site,
+    TcpRoute,
     Upstream,
 )
 
@@ -45,6 +47,13 @@ class _Route(_Part):
     upstream: str
     tls_only: bool = False
     rewrite: bool = False
+    location: Location | None = None
+
+    def was(self) -> Location:
+        """The location that the agent has; an older agent tells less of it."""
+        if self.location is not None:
+            return self.location
+        return Location(self.path, self.upstream, self.rewrite, self.tls_only)
 
 
 class _Upstream(_Part):
@@ -77,6 +86,7 @@ class Running(_Part):
     routes: tuple[_Route, ...] = ()
     upstreams: tuple[_Upstream, ...] = ()
     instances: tuple[_Instance, ...] = ()
+    tcp: tuple[TcpRoute, ...] = ()
 
     @property
     def refusals(self) -> tuple[Rejection, ...]:
@@ -116,9 +126,13 @@ class Running(_Part):
         for route in self.routes:
             if route.upstream in names:
                 host = hosts.get(route.host, Host(route.host, route.aliases, ()))
-                location = Location(route.path, route.upstream, route.rewrite, route.tls_only)
-                hosts[route.host] = replace(host, locations=(*host.locations, location))
+                hosts[route.host] = replace(host, locations=(*host.locations, route.was()))
         return tuple(hosts.values())
+
+    def lingering_ports(self, lingering: Iterable[Upstream]) -> tuple[TcpRoute, ...]:
+        """The ports of these upstreams."""
+        names = {item.name for item in lingering}
+        return tuple(route for route in self.tcp if route.upstream in names)
 
 
 NOTHING = Running()
@@ -217,7 +231,9 @@ def plan(
     """
     lingering = running.lingering(desired)
     wanted = Membership({**desired.membership.upstreams, **{item.name: item for item in lingering}})
-    site, gone = _with_lingering(desired.site, running.lingering_hosts(lingering))
+    site, gone = _with_lingering(
+        desired.site, running.lingering_hosts(lingering), running.lingering_ports(lingering)
+    )
     rendered: dict[Build, tuple[Rendered, Rendered]] = {}
     result = []
     for target in targets:
@@ -266,12 +282,15 @@ def plan(
     return tuple(result)
 
 
-def _with_lingering(site: Site, lingering: Iterable[Host]) -> tuple[Site, Site]:
+def _with_lingering(
+    site: Site, lingering: Iterable[Host], ports: Iterable[TcpRoute]
+) -> tuple[Site, Site]:
     """The site with the lingering locations of hosts that are in it, and the hosts that are not.
 
     The latter cannot be rendered as they are, for nobody tells their certificate any more.
     """
     hosts = {host.name: host for host in site.hosts}
+    hosts[DEFAULT] = Host(DEFAULT, (), site.default)
     gone = []
     for past in lingering:
         host = hosts.get(past.name)
@@ -282,13 +301,19 @@ def _with_lingering(site: Site, lingering: Iterable[Host]) -> tuple[Site, Site]:
         paths = {location.path for location in host.locations}
         more = [
             # As the compiler does: what nobody asks for is not redirected to a TLS that is not.
-            replace(location, tls_only=location.tls_only and host.tls is not None)
+            replace(location, tls_only=location.tls_only and _has_tls(host))
             for location in past.locations
             if location.path not in paths
         ]
         locations = sorted((*host.locations, *more), key=lambda location: location.path)
         hosts[past.name] = replace(host, locations=tuple(locations))
-    return Site(tuple(hosts.values())), Site(tuple(gone))
+    default = hosts.pop(DEFAULT).locations
+    tcp = tuple(sorted({*site.tcp, *ports}, key=lambda route: route.port))
+    return Site(tuple(hosts.values()), default, tcp), Site(tuple(gone))
+
+
+def _has_tls(host: Host) -> bool:
+    return host.tls is not None or bool(host.passthrough)
 
 
 def _keep(
@@ -346,4 +371,5 @@ def _policy(policy: Policy) -> str:
 def _peer(peer: Peer) -> str:
     host = f"[{peer.address}]" if ":" in peer.address else peer.address
     weight = f" weight {peer.weight}" if peer.weight != 1 else ""
-    return f"{peer.id} {host}:{peer.port} {peer.state.value}{weight}"
+    backup = " backup" if peer.backup else ""
+    return f"{peer.id} {host}:{peer.port} {peer.state.value}{weight}{backup}"

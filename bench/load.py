@@ -159,7 +159,8 @@ class Result:
         failures: number of failures by kind; `details` tells the first of them.
         statuses: number of answers by status.
         backends: number of successful answers by who gave them.
-        reconnects: idle connections found closed before a request was sent on them.
+        reconnects: idle connections found closed before a request was sent on them;
+            `reconnected` tells the Unix time of each.
         connections: connections that were opened.
         lag_ms_p99, lag_ms_max: how late this client was in sending what was due (up to 1 ms is the
             resolution of its timer); part of the latencies.
@@ -183,6 +184,7 @@ class Result:
     started_at: float
     seconds: float
     details: tuple[Failure, ...] = ()
+    reconnected: tuple[float, ...] = field(default=(), repr=False)
     records: tuple[Record, ...] = field(default=(), repr=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -194,6 +196,7 @@ class Result:
         """Read what `--json` printed."""
         raw = json.loads(text)
         raw["details"] = tuple(Failure(**item) for item in raw["details"])
+        raw["reconnected"] = tuple(raw["reconnected"])
         return cls(**raw)
 
     def summary(self) -> str:
@@ -541,7 +544,7 @@ class _Load:
         self._lingering: dict[_Connection, float] = {}
         self._outstanding: dict[int, _Request] = {}
         self._sent = 0
-        self._reconnects = 0
+        self._reconnected: list[float] = []
         self._opened = 0
         self._latencies = array("d")
         self._lags = array("d")
@@ -611,7 +614,7 @@ class _Load:
             if not connection.is_closed():
                 connection.send(request)
                 return
-            self._reconnects += 1
+            self._reconnected.append(self.loop.time())
             self.discard(connection)
             self._connect(request)
             return
@@ -686,7 +689,7 @@ class _Load:
             return
         with contextlib.suppress(ValueError):
             self._idle[connection.target.address].remove(connection)
-        self._reconnects += 1
+        self._reconnected.append(self.loop.time())
         self.discard(connection)
 
     def discard(self, connection: _Connection) -> None:
@@ -770,7 +773,7 @@ class _Load:
             failures=dict(self._kinds),
             statuses=dict(self._statuses),
             backends=dict(self._backends),
-            reconnects=self._reconnects,
+            reconnects=len(self._reconnected),
             connections=self._opened,
             p50_ms=ms(latencies, 0.5),
             p99_ms=ms(latencies, 0.99),
@@ -781,6 +784,7 @@ class _Load:
             started_at=round(started_at, 6),
             seconds=round(self._last_answer - self._start, 6),
             details=tuple(self._details),
+            reconnected=tuple(round(started_at + at - self._start, 6) for at in self._reconnected),
             records=tuple(self._records),
         )
 

@@ -1,21 +1,24 @@
 """Writes what a benchmark found into docs/benchmarks.md, each into a section of its own.
 
 A section is replaced as a whole by the run that made it, and says on which machine and when; what
-stands outside the sections is written by people and stays.
+stands outside the sections is written by people and stays. Plots and the figures as JSON go into
+the directory `benchmarks` beside it.
 """
 
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import re
 import statistics
 import subprocess
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bench.load import percentile
 
@@ -24,11 +27,20 @@ FILE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 
 @dataclass(frozen=True)
 class Section:
-    """What one benchmark found: `name` marks its place in the file, `text` is Markdown."""
+    """What one benchmark found.
+
+    Attributes:
+        name: marks its place in the file.
+        text: Markdown; a plot is named as `benchmarks/NAME.svg`.
+        plots: SVG by NAME.
+        data: every figure, for JSON; None for a section without.
+    """
 
     name: str
     title: str
     text: str
+    plots: Mapping[str, str] = field(default_factory=dict)
+    data: Any = None
 
 
 def write(section: Section, *, file: Path = FILE) -> None:
@@ -44,6 +56,14 @@ def write(section: Section, *, file: Path = FILE) -> None:
     else:
         text = f"{text.rstrip()}\n\n{block}\n"
     file.write_text(text, encoding="utf-8")
+    beside = file.with_suffix("")
+    if section.plots or section.data is not None:
+        beside.mkdir(exist_ok=True)
+    for name, svg in section.plots.items():
+        (beside / f"{name}.svg").write_text(svg, encoding="utf-8")
+    if section.data is not None:
+        found = {"scene": section.name, "machine": machine(), "samples": section.data}
+        (beside / f"{section.name}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def paragraph(*parts: str) -> str:

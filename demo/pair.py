@@ -107,6 +107,7 @@ class Process:
         log: Path,
         env: Mapping[str, str] | None = None,
         user: pwd.struct_passwd | None = None,
+        stdin: int = subprocess.DEVNULL,
         stdout: int | None = None,
     ) -> None:
         self.name = name
@@ -119,7 +120,7 @@ class Process:
         with log.open("ab") as out:
             self.popen = subprocess.Popen(
                 [*tether, *command],
-                stdin=subprocess.DEVNULL,
+                stdin=stdin,
                 stdout=out if stdout is None else stdout,
                 stderr=out,
                 env={**os.environ, **(env or {})},

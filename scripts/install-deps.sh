@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs the Debian packages that a purpose needs, only those that are missing.
 #
-#   scripts/install-deps.sh demo|test
+#   scripts/install-deps.sh demo|test|bench
 #
 # Nothing that is installed here gets started, now or at the next boot: nginx would take port 80
 # and docker would change the firewall of a machine that only wanted to see a demo.
@@ -12,13 +12,15 @@ python=${PYTHON:-python3}
 web="nginx-light libnginx-mod-http-lua lua-cjson"
 lab="docker.io docker-compose debootstrap iproute2 iptables procps util-linux"
 stores="etcd-server zookeeper"
+peers="haproxy"
 tools="lua-check wrk openssl curl ca-certificates"
 
 case $purpose in
     demo) packages=$web ;;
     test) packages="$web $lab $stores $tools" ;;
+    bench) packages="$web $lab $tools $peers" ;;
     *)
-        echo "usage: scripts/install-deps.sh demo|test" >&2
+        echo "usage: scripts/install-deps.sh demo|test|bench" >&2
         exit 2
         ;;
 esac
@@ -73,7 +75,8 @@ $as_root env DEBIAN_FRONTEND=noninteractive sh -eu -c '
     fi
     # Only what comes new with these packages is disabled, never a service that was there before.
     fresh=
-    for unit in nginx.service docker.service docker.socket containerd.service etcd.service; do
+    for unit in nginx.service docker.service docker.socket containerd.service etcd.service \
+        haproxy.service; do
         [ -e /lib/systemd/system/$unit ] || [ -e /etc/systemd/system/$unit ] ||
             fresh="$fresh $unit"
     done

@@ -99,6 +99,8 @@ _SPELLED = {
     "tls_key": "TLSKey",
     "ssl_port": "SSLPort",
     "ssl_cert_path": "SSLCertPath",
+    "ssl_secret_path": "SSLSecretPath",
+    "hsts": "HSTS",
     "ssl_ciphers": "SSLCiphers",
     "ssl_protocols": "SSLProtocols",
     "ssl_default_cert": "SSLDefaultCert",
@@ -148,6 +150,22 @@ class Extension(_Table):
     ssl_cert_path: str = Field(
         "/etc/tidegate/certs",
         description="directory inside the OpenResty container that `ssl_cert` labels are below",
+    )
+    ssl_secret_path: str = Field(
+        "/run/secrets",
+        description="directory inside the OpenResty container that the Docker secrets lie in which "
+        "`com.docker.lb.ssl_cert` and the like name",
+    )
+    hsts: str = Field(
+        "max-age=16000000",
+        pattern=r"^(off|max-age=\d{1,10}(; ?includeSubDomains)?(; ?preload)?;?)$",
+        description="Strict-Transport-Security header of hosts with `ssl_only` that say nothing "
+        "else; `off` sends none",
+    )
+    allowed_directives: tuple[str, ...] = Field(
+        (),
+        description="names of nginx directives that `backend_option` labels may put into their "
+        "location; whoever may deploy can then use them in any way",
     )
     ssl_default_cert: str = Field(
         "", description="certificate for TLS hosts without one and for unknown TLS hosts"
@@ -312,6 +330,10 @@ class Extension(_Table):
         """
         return name if name.startswith("/") else f"{self.ssl_cert_path.rstrip('/')}/{name}"
 
+    def secret_path(self, name: str) -> str:
+        """Where a Docker secret lies in the OpenResty container: below SSLSecretPath."""
+        return f"{self.ssl_secret_path.rstrip('/')}/{name}"
+
     @property
     def default_certificate(self) -> tuple[str, str] | None:
         """Paths of SSLDefaultCert and its key, which may be in one file; None if there is none.
@@ -457,6 +479,16 @@ class Settings(_Table):
     site_max_wait: Seconds = Field(5.0, description="but at the latest after so long")
     ready_limit: Seconds = Field(
         60.0, description="/readyz fails when the last good sync of a source is older than this"
+    )
+    service_clusters: tuple[str, ...] = Field(
+        (),
+        description="only services whose `service_cluster` label is one of these are served, "
+        '`""` stands for those without the label; nothing given serves those without the label',
+    )
+    hostname_fallback: bool = Field(
+        False,
+        description="a container without `interlock.hostname` is served by its own host name "
+        "(docker run --hostname), as up to Interlock 1.3",
     )
     extensions: tuple[Extension, ...] = ()
     openresty: OpenResty = Field(OpenResty(), alias="OpenResty")

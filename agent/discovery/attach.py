@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from agent.discovery.containers import Container
-from agent.labels import read_labels
+from agent.labels import Rules, read_labels
 from agent.model import InstanceState, Rejection
 
 _LIVE = (InstanceState.UP, InstanceState.WAITING)
@@ -27,7 +27,7 @@ class Link(NamedTuple):
     """Its name, for people."""
 
 
-def missing_links(containers: Iterable[Container]) -> tuple[Link, ...]:
+def missing_links(containers: Iterable[Container], rules: Rules) -> tuple[Link, ...]:
     """What would have to be attached so that every network named by a label is shared.
 
     A proxy in the network of its node needs none. A network that only exists on one node, as a
@@ -38,7 +38,7 @@ def missing_links(containers: Iterable[Container]) -> tuple[Link, ...]:
     for item in everything:
         if item.instance.state in _LIVE and not item.is_proxy:
             workload = item.workload
-            for route in read_labels(workload).routes:
+            for route in read_labels(workload, rules).routes:
                 for name in (route.network, f"{workload.stack}_{route.network}"):
                     if route.network and name in workload.networks:
                         wanted.add(name)

@@ -27,7 +27,8 @@ from agent.model import (
 )
 
 PROXY_LABEL = "interlock.ext.name"
-PROXY_VALUE = "nginx"
+PROXY_VALUES = frozenset({"nginx", "haproxy"})
+"""Interlock's two; both proxies are OpenResty now, and keep their labels."""
 STACK_LABEL = "com.docker.stack.namespace"
 
 
@@ -85,7 +86,10 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A service; `replicas` is None for a global one, `job` for what is no service at all."""
+    """A service; `replicas` is None for a global one, `job` for what is no service at all.
+
+    `vips` are pairs of network id and bare address.
+    """
 
     id: str
     version: int
@@ -97,6 +101,7 @@ class Service:
     ports: tuple[int, ...]
     replicas: int | None
     job: bool
+    vips: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -395,6 +400,14 @@ class Cluster:
             stack=service.labels.get(STACK_LABEL, ""),
             # A network that is not known yet is none of the node's own, which are known first.
             host_ports_only=not any(n is None or n.shared for n in networks.values()),
+            vips=self._shared_addresses(service.vips),
+        )
+
+    def _shared_addresses(self, addresses: Iterable[tuple[str, str]]) -> tuple[Attachment, ...]:
+        return tuple(
+            Attachment(network.name, address)
+            for identity, address in addresses
+            if (network := self._networks.get(identity)) is not None and network.shared
         )
 
     def _service_networks(self, service: Service) -> dict[str, Network | None]:
@@ -429,11 +442,7 @@ class Cluster:
             state=state,
             node=node.hostname if node else "",
             node_address=node.address if node else "",
-            attachments=tuple(
-                Attachment(network.name, address)
-                for identity, address in task.addresses
-                if (network := self._networks.get(identity)) is not None and network.shared
-            ),
+            attachments=self._shared_addresses(task.addresses),
             published=published,
             detail=detail,
             host_network=host_network,
@@ -483,7 +492,7 @@ class Cluster:
     def _is_proxy(self, service: Service) -> bool:
         marks = service.labels.get(PROXY_LABEL), service.template_labels.get(PROXY_LABEL)
         named = bool(self._proxy_service) and service.name == self._proxy_service
-        return named or PROXY_VALUE in marks
+        return named or not PROXY_VALUES.isdisjoint(marks)
 
 
 def _traffic_state(task: Task, node: Node | None) -> tuple[InstanceState, str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from agent.discovery.cluster import PROXY_LABEL, PROXY_VALUE, STACK_LABEL
+from agent.discovery.cluster import PROXY_LABEL, PROXY_VALUES, STACK_LABEL
 from agent.discovery.swarm_rest import timestamp
 from agent.model import (
     EMPTY,
@@ -98,10 +98,12 @@ def container(
         instances=(instance,),
         stack=labels.get(PROJECT_LABEL) or labels.get(STACK_LABEL, ""),
         host_ports_only=on_host,
+        hostname=str(config.get("Hostname") or ""),
+        domainname=str(config.get("Domainname") or ""),
     )
     return Container(
         workload=workload,
-        is_proxy=labels.get(PROXY_LABEL) == PROXY_VALUE,
+        is_proxy=labels.get(PROXY_LABEL) in PROXY_VALUES,
         stop_signal=signal_number(str(config.get("StopSignal") or "")) or signal.SIGTERM,
     )
 

@@ -37,6 +37,7 @@ from agent.discovery.containers import STOP_SIGNALS, Container, container, signa
 from agent.discovery.docker_api import Connect, Engine, EventStream, Filters, parse, read
 from agent.discovery.swarm_rest import NOT_FOUND
 from agent.errors import DiscoveryError, DockerRefused, DockerUnavailable
+from agent.labels import rules_of
 from agent.model import (
     Instance,
     InstanceState,
@@ -281,7 +282,7 @@ class EngineSource:
 
     def _links(self, now: float) -> tuple[Link, ...]:
         """What to attach now; each is tried again after a while only."""
-        missing = missing_links(self._containers.values())
+        missing = missing_links(self._containers.values(), rules_of(self._settings))
         self._refused = {link: why for link, why in self._refused.items() if link in missing}
         self._tried = {
             link: at

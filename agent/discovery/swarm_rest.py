@@ -146,6 +146,11 @@ def service(raw: Any) -> Service:
         ),
         replicas=replicas,
         job="Replicated" not in mode and "Global" not in mode,
+        vips=tuple(
+            (sys.intern(item["NetworkID"]), bare(item["Addr"]))
+            for item in (raw.get("Endpoint") or {}).get("VirtualIPs") or ()
+            if item.get("Addr")
+        ),
     )
 
 

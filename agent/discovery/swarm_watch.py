@@ -276,6 +276,11 @@ def _service(service: pb.Service) -> Service:
         ),
         replicas=spec.replicated.replicas if mode == "replicated" else None,
         job=mode is None,
+        vips=tuple(
+            (sys.intern(item.network_id), bare(item.addr))
+            for item in service.endpoint.virtual_ips
+            if item.addr
+        ),
     )
 
 

@@ -383,7 +383,9 @@ def test_tls_without_a_certificate_takes_the_default():
     assert "interlock.ssl_cert" in refusal.hint
     options = settings(ssl_default_cert="d.pem", ssl_default_cert_key="/run/secrets/d.key")
     desired = compiled(web, options=options)
-    assert host(desired, "a.local").tls == Tls("/etc/tidegate/certs/d.pem", "/run/secrets/d.key")
+    assert host(desired, "a.local").tls == Tls(
+        "/etc/tidegate/certs/d.pem", "/run/secrets/d.key", hsts="max-age=16000000"
+    )
     assert host(desired, "a.local").locations[0].tls_only
 
 
@@ -784,6 +786,15 @@ def any_workload(draw, number: int) -> Workload:
         ("ssl", FLAGS),
         ("ssl_only", FLAGS),
         ("ssl_cert", st.sampled_from([None, "a.pem", "b.pem"])),
+        ("ssl_passthrough", FLAGS),
+        ("canary.weight", st.sampled_from(["5", "10"])),
+        ("mirror", WORDS.map(lambda word: f"{word}.local")),
+        ("default_backend", FLAGS),
+        ("tcp_port", st.sampled_from(["5432", "5433", "80"])),
+        ("redirects", st.sampled_from(["a.local,z.local", "b.local,z.local"])),
+        ("x.hostname", WORDS),
+        ("x.canary.weight", st.just("5")),
+        ("balance_algorithm", st.sampled_from(["first", "bad"])),
     ):
         value = draw(values)
         if value is not None and draw(st.booleans()):
@@ -800,7 +811,7 @@ def any_workload(draw, number: int) -> Workload:
 
 
 @given(data=st.data())
-@hypothesis_settings(max_examples=150, deadline=None)
+@hypothesis_settings(max_examples=200, deadline=None)
 def test_step_by_step_is_the_same_as_at_once(data):
     """However a cluster came about: what is kept between snapshots never shows."""
     options = settings(host_linger=0.0, ssl_default_cert="d.pem")

@@ -329,8 +329,10 @@ def test_the_state_shows_all_that_there_is():
                 "tls": False,
                 "tls_only": False,
                 "rewrite": False,
+                "location": {"path": "/", "upstream": "a.test/"},
             }
         ]
+        assert state["tcp"] == []
         assert state["upstreams"][0]["peers"][0]["address"] == "10.0.0.1"
         assert state["rejections"][0]["subject"] == "service b"
         assert state["instances"][0]["in_sync"] is True

@@ -56,6 +56,12 @@ def listing(*tasks: object, services: tuple[object, ...]) -> Listing:
 
 
 class TestTheRecordedSwarm:
+    def test_virtual_ips_are_those_of_networks_that_can_be_shared(self) -> None:
+        snapshot = recorded_snapshot()
+        assert workload(snapshot, "meshed").vips == (Attachment("edge", "198.19.1.11"),)
+        assert workload(snapshot, "onhost").vips == ()
+        assert workload(snapshot, "hostmode").vips == ()
+
     def test_a_replicated_service_on_two_networks(self) -> None:
         web = workload(recorded_snapshot(), "shop_web")
         assert web.labels["interlock.hostname"] == "shop"
@@ -65,6 +71,7 @@ class TestTheRecordedSwarm:
         assert web.wanted == 3
         assert not web.host_ports_only
         assert web.created == pytest.approx(1795362216.902778)
+        assert web.vips == (Attachment("back", "198.19.2.2"), Attachment("edge", "198.19.1.2"))
         assert [i.name for i in web.instances] == ["shop_web.1", "shop_web.2", "shop_web.3"]
         first = web.instances[0]
         assert first.state is InstanceState.UP

@@ -115,6 +115,12 @@ class TestWhatContainersBecome:
             published=(PublishedPort(8080, 18081), PublishedPort(9000, 18082, "127.0.0.1")),
         )
 
+    def test_the_name_that_a_container_has_for_itself_is_told(self, rig: Rig) -> None:
+        rig.raw("web-1")["Config"] |= {"Hostname": "web", "Domainname": "example.com"}
+        web = named(rig.source.read_once(), "web-1")
+        assert web is not None
+        assert (web.hostname, web.domainname) == ("web", "example.com")
+
     def test_on_the_host_network_every_port_is_the_nodes(self, rig: Rig) -> None:
         rig.engine.host = "198.18.0.12"
         proxy = named(rig.source.read_once(), "proxy-1")

@@ -75,6 +75,7 @@ def test_a_transaction_becomes_changes_in_their_order(manager: Manager) -> None:
                 ports=[pb.PortConfig(target_port=80), pb.PortConfig(target_port=53, protocol=1)]
             ),
         ),
+        endpoint=pb.Endpoint(virtual_ips=[pb.VirtualIP(network_id="net", addr="10.0.1.2/24")]),
     )
     node = pb.Node(
         id="n1",
@@ -106,7 +107,19 @@ def test_a_transaction_becomes_changes_in_their_order(manager: Manager) -> None:
         published=(PublishedPort(8080, 18080),),
     )
     network = Change("network", Network("net", 3, "edge", "overlay", ingress=False))
-    expected = Service("s1", 8, "web", 5.5, {"a": "b"}, {"c": "d"}, ("net",), (80,), 3, job=False)
+    expected = Service(
+        "s1",
+        8,
+        "web",
+        5.5,
+        {"a": "b"},
+        {"c": "d"},
+        ("net",),
+        (80,),
+        3,
+        job=False,
+        vips=(("net", "10.0.1.2"),),
+    )
     assert transaction.changes == (
         Change("service", expected),
         network,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from clusters import check_golden, instance, labels, service, settings, snapshot
@@ -10,7 +11,7 @@ from clusters import check_golden, instance, labels, service, settings, snapshot
 from agent.compile import Compiler, compile_snapshot
 from agent.config.settings import Settings
 from agent.explain import MAX_SUBJECTS, Explanation, Outcome, explain
-from agent.model import InstanceState, Rejection, Workload
+from agent.model import Attachment, InstanceState, Rejection, Workload
 
 DEFAULTS = settings()
 CERTIFICATE = labels(ssl="", ssl_cert="a.pem", ssl_cert_key="a.key")
@@ -201,3 +202,73 @@ def test_a_refused_host_is_no_matter_of_the_others():
     told = ask("shop.example.com", refusals=(refused("host other.example.com"),))
     assert told.routed
     assert not told.accounts[0].refused
+
+
+# --- routes that are more than a host with peers
+
+
+def texts(explanation: Explanation) -> str:
+    return "\n".join(step.text for account in explanation.accounts for step in account.steps)
+
+
+def test_each_of_several_routes_is_told_with_its_port():
+    wants = labels(hostname="a", port="80", admin__hostname="admin", admin__port="9090")
+    told = ask("web", service("web", wants, instance("t1")))
+    assert told.routed
+    assert "ask for admin.local, context root / (route admin)" in texts(told)
+    assert "Route admin: its instances are reached over network edge" in texts(told)
+    assert "is up at 10.0.0.1:80 and 10.0.0.1:9090" in texts(told)
+
+
+def test_a_canary_is_told_of_from_both_sides():
+    main = service("v1", labels(hostname="a"), instance("m1"))
+    canary = service(
+        "v2",
+        labels(hostname="a", canary__weight="10", canary__header="X-Next", canary__cookie="next"),
+        instance("c1", "10.0.0.2"),
+    )
+    told = ask("v2", main, canary)
+    assert told.routed
+    assert "goes to upstream a.local/@canary as its canary, in which 1 of its peers" in texts(told)
+    told = ask("a.local", main, canary)
+    assert (
+        "canary a.local/@canary gets 10% of the requests, those with header X-Next: always, those "
+        "with cookie next=always: 1 peer(s) up" in texts(told)
+    )
+
+
+def test_a_virtual_ip_is_told_of():
+    web = service("web", {"com.docker.lb.hosts": "a", "com.docker.lb.backend_mode": "vip"})
+    web = replace(web, vips=(Attachment("edge", "10.0.0.200"),), instances=(instance("t1"),))
+    told = ask("web", web)
+    assert told.routed
+    assert "virtual IP 10.0.0.200" in texts(told)
+
+
+def test_what_is_no_host_is_told_of():
+    wants = labels(default_backend="true", tcp_port="5432")
+    told = ask("web", service("web", wants, instance("t1")))
+    assert told.routed
+    assert "ask for the default backend, TCP port 5432" in texts(told)
+    assert "the default backend is in the site and goes to upstream */" in texts(told)
+    assert "TCP port 5432 is in the site and goes to upstream :5432/" in texts(told)
+
+
+def test_redirects_passthrough_and_mirrors_are_told_of():
+    web = service(
+        "web",
+        labels(
+            hostname="a", alias_domain="old.local", redirects="old.local,a.local", mirror="s.local"
+        ),
+        instance("t1"),
+    )
+    shadow = service("shadow", labels(hostname="s", ssl_passthrough=""), instance("t2"))
+    assert "old.local is in the site, redirected to a.local" in texts(ask("old.local", web, shadow))
+    assert "(mirrored to s.local/)" in texts(ask("a.local", web, shadow))
+    assert "its TLS is passed through unopened" in texts(ask("s.local", web, shadow))
+
+
+def test_another_clusters_service_is_told_why():
+    told = ask("web", service("web", labels(hostname="a", service_cluster="east"), instance("t1")))
+    assert not told.routed
+    assert any("other_cluster" in text for text in failed(told))

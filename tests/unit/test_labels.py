@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from clusters import labels, service
 
-from agent.labels import KNOWN_LABELS, Reading, Reason, RouteDeclaration, read_labels
+from agent.labels import DOCKER_LB, Reading, Reason, RouteDeclaration, read_labels
+from agent.labels.names import OPTIONS
 from agent.model import Rejection
 
 
@@ -247,9 +248,11 @@ def test_aliases_are_every_label_of_the_base_name_and_of_none_other():
         )
     )
     assert reading.routes[0].aliases == ("*.example.org", "one.example.com", "two.example.com")
-    assert [(item.reason, item.hint) for item in reading.rejections] == [
-        ("label_ignored", "Did you mean interlock.alias_domain?")
-    ]
+    assert [item.reason for item in reading.rejections] == ["label_ignored"] * 2
+    assert (
+        "com.example.interlock.alias_domain_note has the name of" in reading.rejections[0].message
+    )
+    assert reading.rejections[1].hint == "Did you mean interlock.alias_domain?"
 
 
 def test_a_bad_alias_is_refused_alone():
@@ -300,21 +303,12 @@ def test_a_misspelt_hostname_is_told_of():
 
 
 @pytest.mark.parametrize(
-    "label", ["interlock.contextroot", "Interlock.Port", "interlock.sslonly", "interlock.hosts"]
+    "label", ["interlock.contextroot", "Interlock.Port", "interlock.sslonly", "interlock.a.b"]
 )
 def test_unknown_labels_are_told_of_and_the_route_lives(label):
     reading = read_labels(service("shop_web", {"interlock.hostname": "a", label: "x"}))
     assert len(reading.routes) == 1
     assert [item.reason for item in reading.rejections] == ["label_ignored"]
-
-
-@pytest.mark.parametrize(
-    "name", ["ssl_backend", "ip_hash", "health_check", "balance_algorithm", "backend_option.0"]
-)
-def test_labels_of_interlock_that_do_nothing_yet_are_told_of(name):
-    reading = read_labels(service("shop_web", {"interlock.hostname": "a", f"interlock.{name}": ""}))
-    assert len(reading.routes) == 1
-    assert "does not act on" in reading.rejections[0].message
 
 
 def test_certificate_labels_without_ssl_are_told_of():
@@ -324,7 +318,7 @@ def test_certificate_labels_without_ssl_are_told_of():
 
 
 @pytest.mark.parametrize(
-    "wants", [{}, {"ext__name": "nginx"}, {"app": "main"}, {"ext__service_name": "x", "app": ""}]
+    "wants", [{}, {"ext__name": "nginx"}, {"app": "main"}, {"ext__other": "x", "app": ""}]
 )
 def test_who_does_not_ask_is_not_told_anything(wants):
     assert read(**wants) == Reading()
@@ -343,5 +337,7 @@ def test_every_reason_and_label_is_documented():
     text = DOCUMENT.read_text()
     for reason in Reason:
         assert f"| `{reason}` |" in text
-    for label in KNOWN_LABELS:
-        assert f"`{label}`" in text or f"`{label.removeprefix('interlock.')}`" in text
+    for option in OPTIONS:
+        assert f"`interlock.{option}`" in text, option
+    for option, spelled in DOCKER_LB.spelled.items():
+        assert f"`com.docker.lb.{spelled}`" in text, option

@@ -8,8 +8,8 @@ import pytest
 from openresty_fake import FakeOpenResty, FakeRenderer, desired, site, upstream
 
 from agent.driver.targets import Target
-from agent.model import Algorithm, Desired, Location, Membership, Policy, Site
-from agent.plan import InstancePlan, Running, plan
+from agent.model import Algorithm, Desired, Host, Location, Membership, Policy, Site, TcpRoute
+from agent.plan import InstancePlan, Running, _with_lingering, plan
 
 TARGET = Target(id="x", name="nginx.1", urls=("http://x",))
 
@@ -125,6 +125,31 @@ def test_a_context_root_that_lingers_beside_others_is_no_reload(nginx):
     result = planned(nginx, desired({"a": ("10.0.0.1",)}), **lingers("a", "/old", "a/old"))
     assert not result.changes
     assert result.lingering == ("a/old",)
+
+
+def test_all_of_a_lingering_location_is_as_it_was(nginx):
+    old = Location("/old", "a/old", mirror="s/", directives=("proxy_buffering off;",))
+    (host,) = site("a").hosts
+    runs(nginx, Site((replace(host, locations=(*host.locations, old)),)), "a/", "a/old")
+    state = lingers("a", "/old", "a/old")
+    state["routes"][0]["location"] = {
+        "path": "/old",
+        "upstream": "a/old",
+        "mirror": "s/",
+        "directives": ["proxy_buffering off;"],
+    }
+    assert not planned(nginx, desired({"a": ("10.0.0.1",)}), **state).changes
+
+
+def test_the_default_backend_and_ports_stay_and_linger_like_hosts():
+    default, tcp = (Location("/", "*/"),), (TcpRoute(5432, ":5432/"),)
+    ours = Site(site("a").hosts, default, tcp)
+    past = (Host("*", (), (Location("/old", "*/old"),)),)
+    merged, gone = _with_lingering(ours, past, (TcpRoute(25, ":25/"),))
+    assert merged.hosts == ours.hosts
+    assert [item.path for item in merged.default] == ["/", "/old"]
+    assert [route.port for route in merged.tcp] == [25, 5432]
+    assert gone == Site(())
 
 
 def test_what_is_asked_for_without_peers_does_not_linger(nginx):

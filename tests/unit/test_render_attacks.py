@@ -7,7 +7,9 @@ elsewhere, and the test fails.
 
 from __future__ import annotations
 
+import re
 import string
+from dataclasses import astuple
 
 import pytest
 from clusters import instance, labels, service, settings, snapshot
@@ -17,8 +19,11 @@ from hypothesis import strategies as st
 from nginx_syntax import Directive, Odd, parse
 
 from agent.compile import compile_snapshot
+from agent.config.settings import Extension, Settings
 from agent.errors import RenderError
-from agent.model import Host, Location, Protocol, Redirect, Site, Tls
+from agent.labels.names import LISTS
+from agent.labels.names import OPTIONS as LABELS
+from agent.model import Desired, Host, Location, Policy, Protocol, Redirect, Site, Tls
 from agent.render import DEFAULT_FILE, Capabilities, file_name, render
 
 OPTIONS = settings(ssl_default_cert="default.pem")
@@ -95,6 +100,8 @@ NAMES = [
     "websocket_endpoint.0",
     "weight",
 ]
+OTHERS = sorted(LABELS - set(NAMES))
+"""Options that are pushed, or rendered by more than the plain template of a host."""
 NAME_CHARACTERS = frozenset(string.ascii_lowercase + string.digits + ".-_*")
 PATH_CHARACTERS = frozenset(string.ascii_letters + string.digits + "/._~!&+,=:@*-")
 
@@ -203,6 +210,146 @@ def test_each_trick_in_each_label(name, trick):
         desired = compile_snapshot(seen, OPTIONS)
         check(desired.site)
         assert desired.site.hosts or desired.rejections
+
+
+LENIENT = Settings(
+    extensions=(
+        Extension(ssl_default_cert="d.pem", allowed_directives=("a", "add_header", "proxy_hide")),
+    ),
+)
+"""An operator who allows some directives."""
+WORD = re.compile(r"[A-Za-z0-9_-]{1,128}")
+TARGET = re.compile(r"(https?://)?[a-z0-9._-]{1,253}(:[0-9]{1,5})?(/[A-Za-z0-9._~!&+=@*-]*)*")
+DIRECTIVE = re.compile(r"(a|add_header|proxy_hide)( [^;{}\\\\\x00-\x1f\x7f-\uffff]*)?;")
+HSTS = re.compile(r"(max-age=[0-9]{1,10}(; includeSubDomains)?(; preload)?)?")
+FILE = re.compile(r"/(etc/tidegate/certs|run/secrets)(/[A-Za-z0-9._@+=~-]+)+")
+
+
+def check_policy(policy: Policy) -> None:
+    """What the data plane takes: the same bounds as in `policy.lua`, written down once more."""
+    assert re.fullmatch(r"([a-z]+(:[A-Za-z0-9_-]{1,128})?)?", policy.hash_key)
+    assert policy.hash_balance == 0 or 1 < policy.hash_balance <= 100
+    if policy.sticky is not None:
+        assert WORD.fullmatch(policy.sticky.cookie or "x")
+        assert policy.sticky.same_site in ("Lax", "Strict", "None")
+        assert re.fullmatch(r"/[^\x00-\x20;\x7f-\uffff\"$]*", policy.sticky.path)
+        assert 0 <= policy.sticky.max_age <= 400 * 86400
+    if policy.check is not None:
+        assert re.fullmatch(r"[A-Z]{1,16}", policy.check.method)
+        assert re.fullmatch(r"/[!-~]{0,1023}", policy.check.path)
+        assert re.fullmatch(r"[A-Za-z0-9_.:\[\]-]{0,300}", policy.check.host)
+        assert re.fullmatch(r"[0-9,-]+", policy.check.status)
+        assert 0.1 <= policy.check.interval <= 86400
+        assert 0.01 <= policy.check.timeout <= 300
+    if policy.canary is not None:
+        assert 0 <= policy.canary.weight <= 100
+        for name in (policy.canary.header, policy.canary.cookie):
+            assert WORD.fullmatch(name or "x")
+        assert re.fullmatch(r"[ -~]{0,128}", policy.canary.header_value)
+    assert all(re.fullmatch(r"[a-z0-9_]{1,64}", word) for word in policy.retry.on)
+    assert 0 <= policy.panic <= 1
+    assert policy.passive.eject <= policy.passive.max_eject <= 86400
+    for seconds in (policy.slow_start, policy.retry.timeout, *astuple(policy.timeouts)):
+        assert 0 <= seconds <= 86400
+
+
+def check_desired(desired: Desired) -> None:
+    """No value of a label is anywhere in what is pushed or rendered but in its form."""
+    for upstream in desired.membership.upstreams.values():
+        assert len(upstream.name) <= 512
+        assert upstream.name.isascii()
+        assert upstream.name.isprintable()
+        check_policy(upstream.policy)
+    locations = [item for host in desired.site.hosts for item in host.locations]
+    for location in (*locations, *desired.site.default):
+        assert set(location.path) <= PATH_CHARACTERS
+        assert location.mirror in ("", *desired.membership.upstreams)
+        assert all(DIRECTIVE.fullmatch(text) for text in location.directives)
+        assert not any("$tidegate" in text for text in location.directives)
+        tls = location.backend_tls
+        if tls is not None:
+            assert set(tls.name) <= NAME_CHARACTERS
+            for path in filter(None, (tls.ca, tls.certificate, tls.key)):
+                assert FILE.fullmatch(path)
+                assert ".." not in path.split("/")
+    for host in desired.site.hosts:
+        assert all(TARGET.fullmatch(item.target) for item in host.redirects)
+        assert {item.host for item in host.redirects} <= {host.name, *host.aliases}
+        assert host.passthrough in ("", f"{host.name}/")
+        if host.tls is not None:
+            assert HSTS.fullmatch(host.tls.hsts)
+            assert FILE.fullmatch(host.tls.client_ca or "/run/secrets/none")
+    assert all(route.port not in (80, 443, 8081) for route in desired.site.tcp)
+    for item in desired.rejections:
+        assert item.message.isascii()
+        assert item.message.isprintable()
+        assert item.hint.isascii()
+        assert item.hint.isprintable()
+        assert len(item.message) < 1_000
+
+
+SHAPED = st.one_of(
+    VALUES,
+    st.sampled_from(
+        [
+            "cookie:",
+            "app:",
+            "httpchk GET /",
+            "httpchk GET / HTTP/1.1\\r\\nHost: ",
+            "url_param ",
+            "hdr(",
+            "add_header x ",
+            "hash $cookie_",
+            "max-age=1; ",
+            "app.local,",
+            "http://app.local,https://",
+            "header:",
+        ]
+    ).flatmap(lambda start: VALUES.map(lambda rest: start + rest)),
+    VALUES.map(lambda text: f'add_header x "{text}";'),
+    VALUES.map(lambda text: f"a {text};"),
+    VALUES.map(lambda text: f"app.local,{text}"),
+)
+
+
+@given(
+    wants=st.dictionaries(
+        st.sampled_from(sorted(LABELS)).flatmap(
+            lambda option: st.sampled_from([option, f"{option}.0"] if option in LISTS else [option])
+        ),
+        SHAPED,
+        max_size=6,
+    ),
+    prefix=st.sampled_from(["interlock.", "interlock.x.", "com.docker.lb.", "com.docker.lb.x."]),
+)
+@example(wants={"backend_option": 'a "; } server { listen 81; }";'}, prefix="interlock.")
+@example(wants={"backend_option": "a $tidegate_upstream;"}, prefix="interlock.")
+@example(wants={"redirects": 'app.local,b.local" ; return 200 "'}, prefix="interlock.")
+@example(wants={"health_check": "GET / HTTP/1.1\\r\\nHost: a\\r\\nX: y"}, prefix="interlock.")
+@example(wants={"ssl_cert": "../../etc/passwd", "ssl_key": "x"}, prefix="com.docker.lb.")
+@hypothesis_settings(max_examples=800, deadline=None, suppress_health_check=list(HealthCheck))
+def test_every_option_of_every_dialect_is_refused_or_of_its_form(wants, prefix):
+    hosts = {f"{prefix}{'hosts' if 'docker' in prefix else 'hostname'}": "app"}
+    attack = service(
+        "attack", hosts | {prefix + name: value for name, value in wants.items()}, instance("t1")
+    )
+    bystander = service("good", labels(hostname="good.example.com", domain=""), instance("t2"))
+    alone = compile_snapshot(snapshot(bystander), LENIENT)
+    desired = compile_snapshot(snapshot(attack, bystander), LENIENT)
+    check_desired(desired)
+    assert alone.site.hosts[0] in desired.site.hosts, "the bystander is served as if alone"
+    good = "good.example.com/"
+    assert desired.membership.upstreams[good] == alone.membership.upstreams[good]
+
+
+@pytest.mark.parametrize("trick", TRICKS, ids=ascii)
+def test_each_trick_in_each_other_option(trick):
+    for name in OTHERS:
+        for value in (trick, f"a{trick}b", f"/a{trick}b", f"a {trick};", f"app.local,{trick}"):
+            wants = labels(hostname="app", ssl="", ssl_backend="", sticky="cookie")
+            wants |= labels(health_check="/", canary__header="x") | {f"interlock.{name}": value}
+            seen = snapshot(service("attack", wants, instance("t1")))
+            check_desired(compile_snapshot(seen, LENIENT))
 
 
 @given(text=VALUES)

@@ -1,0 +1,1 @@
+"""The proxies that are measured, each run at its best and behind the same few calls."""
