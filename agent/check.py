@@ -188,7 +188,7 @@ def _tls(settings: Settings) -> Iterator[Finding]:
         )
 
 
-_OLD_PROTOCOLS = ("SSLv3", "TLSv1", "TLSv1.1")
+_OLD_PROTOCOLS = ("TLSv1", "TLSv1.1")
 
 
 def _engine(settings: Settings) -> Iterator[Finding]:

@@ -10,21 +10,30 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from agent.errors import DiscoveryError, RenderError, SettingsError, StoreUnavailable
+from agent.errors import (
+    ComposeFileError,
+    DiscoveryError,
+    RenderError,
+    SettingsError,
+    StoreUnavailable,
+)
 
 if TYPE_CHECKING:
     from agent.config.settings import Settings
     from agent.config.stores import Discovery, Loaded
+    from agent.lint import Finding, Report
     from agent.model import Desired, Rejection, Snapshot
     from agent.plan import InstancePlan, Running
 
@@ -146,7 +155,7 @@ def _told() -> Iterator[None]:
         for problem in error.problems:
             click.echo(f"tidegate: {problem}", err=True)
         sys.exit(USAGE)
-    except RenderError as error:
+    except (ComposeFileError, RenderError) as error:
         click.echo(f"tidegate: {error}", err=True)
         sys.exit(USAGE)
     except (DiscoveryError, StoreUnavailable) as error:
@@ -605,6 +614,117 @@ def explain(*, name: str, config: _Given, as_json: bool, url: str | None) -> Non
             click.echo("did you mean: " + ", ".join(answer.suggestions))
         _show_notes(running)
         sys.exit(OK if answer.routed else NEGATIVE)
+
+
+@main.command()
+@click.argument("files", metavar="FILE...", nargs=-1, required=True)
+@_config_option
+@_json_option
+@click.option(
+    "--kind",
+    type=click.Choice(["stack", "compose"]),
+    help="What the files are for: `docker stack deploy` or `docker compose up`. By default what "
+    "is in them tells.",
+)
+@click.option("--name", default="", help="Name of the stack or project.")
+@click.option(
+    "--env-file",
+    type=click.Path(dir_okay=False),
+    help="Variables that the environment does not have; by default .env beside the first FILE.",
+)
+@click.option(
+    "--proxy-network",
+    "proxy_networks",
+    multiple=True,
+    metavar="NETWORK",
+    help="A network that OpenResty is on, where it is in none of the files. May be repeated.",
+)
+@click.option("--strict", is_flag=True, help="A warning is a failure too.")
+def lint(
+    *,
+    files: tuple[str, ...],
+    config: _Given,
+    as_json: bool,
+    kind: str | None,
+    name: str,
+    env_file: str | None,
+    proxy_networks: tuple[str, ...],
+    strict: bool,
+) -> None:
+    """Say what routes the services of compose or stack files would get. Asks nobody.
+
+    Several FILEs are merged as Docker merges them; `-` is the standard input.
+    """
+    with _told():
+        from agent.composefile import Kind
+        from agent.lint import Level
+        from agent.lint import lint as judge
+
+        settings = _settings(config)
+        report = judge(
+            [(path, _text_of(path)) for path in files],
+            settings,
+            environment=os.environ,
+            kind=None if kind is None else Kind(kind),
+            name=name,
+            env_file=_env_file(env_file, files[0]),
+            proxy_networks=proxy_networks,
+        )
+        if as_json:
+            click.echo(json.dumps(report.as_dict(), indent=1, ensure_ascii=False))
+        else:
+            _show_lint(report)
+        failed = report.count(Level.REJECTED) or (strict and report.count(Level.WARNING))
+        sys.exit(NEGATIVE if failed else OK)
+
+
+def _text_of(path: str) -> str:
+    """The text of a file that the command line names. Raises ComposeFileError."""
+    try:
+        raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        return raw.decode()
+    except OSError as error:
+        raise ComposeFileError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ComposeFileError(f"{path}: not UTF-8: {error}") from error
+
+
+def _env_file(given: str | None, first: str) -> str | None:
+    """The text of the file with variables, None where there is none."""
+    if given is not None:
+        return _text_of(given)
+    beside = Path.cwd() if first == "-" else Path(first).parent
+    return _text_of(str(beside / ".env")) if (beside / ".env").is_file() else None
+
+
+def _show_lint(report: Report) -> None:
+    from agent.lint import Level
+
+    if report.networks is None:
+        where = "OpenResty is in none of the files"
+    else:
+        where = f"OpenResty is on: {', '.join(report.networks) or 'no network'}"
+    click.echo(f"read as {report.kind.value} {report.name} ({report.because}); {where}")
+    colours = {"rejected": "red", "warning": "yellow", "note": None}
+
+    def show(finding: Finding) -> None:
+        level = click.style(finding.level.value, fg=colours[finding.level.value])
+        click.echo(f"  {finding.place}: {level}: {finding.message} ({finding.reason})")
+        click.echo(f"      {finding.hint}")
+
+    for finding in report.findings:
+        show(finding)
+    for verdict in report.verdicts:
+        click.echo(f"\n{verdict.key}: {verdict.outcome.value}")
+        for line in verdict.routes:
+            click.echo(f"  {line}")
+        for finding in verdict.findings:
+            show(finding)
+    routed = sum(bool(verdict.routes) for verdict in report.verdicts)
+    click.echo(
+        f"\n{len(report.verdicts)} services, {routed} routed: "
+        f"{report.count(Level.REJECTED)} rejected, {report.count(Level.WARNING)} warnings"
+    )
 
 
 @main.command()

@@ -377,6 +377,15 @@ def _tls(
             "is switched off by SSLPort = 0.",
             "Set SSLPort in the configuration, or remove the label.",
         )
+    if declaration.passthrough and extension.proxy_protocol:
+        return _reject(
+            workload,
+            Reason.TLS_OFF,
+            f"{declaration.what} asks for its TLS to be passed through "
+            f"({declaration.label('ssl_passthrough')}), which cannot be done while the listeners "
+            "take the PROXY protocol (ProxyProtocol = true).",
+            "Set ProxyProtocol to false in the configuration, or remove the label.",
+        )
     if not asked or declaration.passthrough or not declaration.host:
         return None
     client_ca = _path(declaration, extension, declaration.client_ca)

@@ -173,6 +173,7 @@ class State:
                     "message": item.message,
                     "hint": item.hint,
                     "source": item.source,
+                    "served": item.served,
                 }
                 for item in self.rejections
             ],

@@ -78,6 +78,10 @@ class StaticFileError(DiscoveryError):
     """The static file cannot be read or is not valid; the last good one stays in force."""
 
 
+class ComposeFileError(TidegateError):
+    """A compose or stack file cannot be used; the message begins with file and line."""
+
+
 class RenderError(TidegateError):
     """A template cannot be read or failed."""
 

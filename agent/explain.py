@@ -38,6 +38,7 @@ from agent.model import (
     Rejection,
     Snapshot,
     SourceSnapshot,
+    TcpRoute,
     Upstream,
     Workload,
     WorkloadKind,
@@ -198,7 +199,7 @@ class _Teller:
         self._snapshot = snapshot
         self._settings = settings
         self._desired = desired
-        self._refusals = {item.subject: item for item in refusals}
+        self._refusals = tuple(refusals)
         self._by_name = {
             name: host for host in desired.site.hosts for name in (host.name, *host.aliases)
         }
@@ -295,18 +296,18 @@ class _Teller:
             )
         else:
             steps.append(_place_in_site(name, host))
-            quarantine = self._refused_parts(host)
-            steps += quarantine
-            refused = bool(quarantine)
+            said, refused = self._refused_parts(host)
+            steps += said
+            whole = not refused
             for location in host.locations:
                 upstream = self._desired.membership.upstreams.get(location.upstream)
                 more, serves = _tell_location(host, location, upstream)
                 more += self._tell_canary(upstream)
-                lost = self._refused_parts(location)
-                steps += more + lost
-                refused = refused or bool(lost)
+                said, lost = self._refused_parts(location)
+                steps += more + said
+                refused = refused or lost
                 routed = routed or (serves and not lost)
-            routed = routed and not quarantine
+            routed = routed and whole
         for workload in self._claiming(name):
             steps.append(Step(Outcome.NOTE, f"{subject_of(workload)} asks for {name}."))
             steps += [_refusal(rejection) for rejection in self._refused(workload)]
@@ -414,15 +415,11 @@ class _Teller:
             if rejection.subject == subject and rejection.source == workload.key.source
         ]
 
-    def _refused_parts(self, *parts: Host | Location) -> list[Step]:
-        """What OpenResty refused of these hosts and locations, each refusal once."""
-        subjects = (
-            f"host {part.name}" if isinstance(part, Host) else f"upstream {part.upstream}"
-            for part in parts
-        )
-        return [
-            _refusal(self._refusals[subject]) for subject in subjects if subject in self._refusals
-        ]
+    def _refused_parts(self, *parts: Host | Location | TcpRoute) -> tuple[list[Step], bool]:
+        """What OpenResty says of these parts of the site, and whether it refused one of them."""
+        subjects = [subject for part in parts for subject in _subjects(part)]
+        found = [item for item in self._refusals if item.subject in subjects]
+        return [_refusal(item) for item in found], not all(item.served for item in found)
 
     def _tell_route(self, workload: Workload, route: Route) -> tuple[list[Step], bool, bool]:
         """The steps, whether it is served, and whether OpenResty refused some of it."""
@@ -468,10 +465,10 @@ class _Teller:
                         "" if up else "See below what its instances are waiting for.",
                     )
                 )
-            parts = self._refused_parts(*place.parts)
-            steps += [step for step in parts if step not in steps]
-            refused = refused or bool(parts)
-            serves = serves or (up > 0 and not parts)
+            said, stopped = self._refused_parts(*place.parts)
+            steps += [step for step in said if step not in steps]
+            refused = refused or stopped
+            serves = serves or (up > 0 and not stopped)
         return steps, serves, refused
 
     def _place(self, name: str, root: str) -> _Place | None:
@@ -486,8 +483,9 @@ class _Teller:
         upstream = f"{name}{root}"
         if default is not None and default.upstream == upstream:
             return _Place(told(name, root), upstream, (default,))
-        if any(route.upstream == upstream for route in site.tcp):
-            return _Place(told(name), upstream)
+        for tcp in site.tcp:
+            if tcp.upstream == upstream:
+                return _Place(told(name), upstream, (tcp,))
         return None
 
     def _share(self, name: str, ours: set[str]) -> tuple[str, list[Peer]]:
@@ -560,7 +558,7 @@ class _Place:
 
     text: str
     upstream: str
-    parts: tuple[Host | Location, ...] = ()
+    parts: tuple[Host | Location | TcpRoute, ...] = ()
 
 
 def _share_of(canary: Canary) -> str:
@@ -580,8 +578,17 @@ def _location(locations: tuple[Location, ...], root: str) -> Location | None:
 
 
 def _refusal(rejection: Rejection) -> Step:
-    outcome = Outcome.NOTE if rejection.reason == Reason.LABEL_IGNORED else Outcome.FAILED
+    serves = rejection.served or rejection.reason == Reason.LABEL_IGNORED
+    outcome = Outcome.NOTE if serves else Outcome.FAILED
     return Step(outcome, f"{rejection.reason}: {rejection.message}", rejection.hint)
+
+
+def _subjects(part: Host | Location | TcpRoute) -> tuple[str, ...]:
+    """Under which subjects an instance refuses a part of the site."""
+    if isinstance(part, Host):
+        return (f"host {part.name}",)
+    upstream = f"upstream {part.upstream}"
+    return (f"TCP port {part.port}", upstream) if isinstance(part, TcpRoute) else (upstream,)
 
 
 def _place_in_site(name: str, host: Host) -> Step:

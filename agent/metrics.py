@@ -19,6 +19,7 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    Metric,
     disable_created_metrics,
     generate_latest,
 )
@@ -73,6 +74,8 @@ class Metrics:
         self._membership = Membership({})
         self._rejections: Callable[[], Iterable[Rejection]] = tuple
         self._instances: Callable[[], Iterable[InstanceSeries]] = tuple
+        self._started = clock()
+        self._last_reload = 0.0
 
         build = self._gauge(
             "tidegate_build_info", "Version of the agent; always 1.", "version", "python"
@@ -161,9 +164,11 @@ class Metrics:
         """Count a push; `kind` is delta, full or site, `result` ok or why not."""
         self._pushes.labels(instance, kind, result).inc()
 
-    def reload(self, instance: str, result: str) -> None:
-        """Count a reload (ok) or a site that nginx refused (refused)."""
+    def reload(self, instance: str, result: str, seconds: float) -> None:
+        """Count a reload (ok) or a site that nginx refused (refused), which took `seconds`."""
         self._reloads.labels(instance, result).inc()
+        if result == "ok":
+            self._last_reload = seconds
 
     def instances_from(self, instances: Callable[[], Iterable[InstanceSeries]]) -> None:
         """Set where a scrape asks for how the instances stand."""
@@ -200,7 +205,7 @@ class Metrics:
         """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
-    def views(self) -> Iterator[GaugeMetricFamily]:
+    def views(self) -> Iterator[Metric]:
         """The families that are computed at a scrape."""
         now = self._clock()
         success = GaugeMetricFamily(
@@ -225,6 +230,24 @@ class Metrics:
                 age.add_metric([source.name], max(0.0, now - source.last_success))
         yield from (success, age, mode, *self._instance_families())
         yield from (self._peers(), self._rejected())
+        yield from self._as_interlock_named_them(now)
+
+    def _as_interlock_named_them(self, now: float) -> Iterator[Metric]:
+        """What dashboards made for Interlock ask for; its names have no unit and no `_total`."""
+        heard = sum(sample.value for family in self._events.collect() for sample in family.samples)
+        values = (
+            ("interlock_totals_events_processed", "Changes heard of, in all.", heard),
+            ("interlock_totals_uptime", "Seconds since the start.", now - self._started),
+            (
+                "interlock_system_last_reload_duration",
+                "Nanoseconds that the last reload of an OpenResty took.",
+                self._last_reload * 1e9,
+            ),
+        )
+        for name, text, value in values:
+            family = Metric(name, text, "unknown")
+            family.add_sample(name, {}, value)
+            yield family
 
     def _instance_families(self) -> Iterator[GaugeMetricFamily]:
         revision = GaugeMetricFamily(
@@ -286,10 +309,10 @@ class _Views(Collector):
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
 
-    def collect(self) -> Iterable[GaugeMetricFamily]:
+    def collect(self) -> Iterable[Metric]:
         """Compute them; called at each scrape."""
         return self._metrics.views()
 
-    def describe(self) -> Iterable[GaugeMetricFamily]:
+    def describe(self) -> Iterable[Metric]:
         """Nothing: the registry then does not collect when registering."""
         return ()

@@ -158,6 +158,7 @@ class Rejection:
         message: a sentence for people: the label, the value, what is wrong with it.
         hint: what to do about it.
         source: name of the source that the subject comes from, empty for hosts.
+        served: it is served nevertheless: a warning.
     """
 
     subject: str
@@ -165,6 +166,7 @@ class Rejection:
     message: str
     hint: str
     source: str = ""
+    served: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +302,7 @@ class Check:
         status: statuses of a healthy answer: `200`, `200-399`, with commas between.
         rise, fall: so many in a row change the verdict.
         host: Host header; empty takes the host of the route.
+        tls: an HTTP check speaks TLS with the peer, whose certificate is not verified.
     """
 
     kind: CheckKind
@@ -311,6 +314,7 @@ class Check:
     rise: int = 2
     fall: int = 3
     status: str = "200-399"
+    tls: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,7 +386,7 @@ class Policy:
         slow_start: seconds over which a peer that is added gets up to its weight.
         max_conns: requests in flight per peer; 0 for no limit.
         queue: requests that may wait for a peer below `max_conns`; more get 503.
-        queue_timeout: seconds that they wait at most.
+        queue_timeout: seconds that they wait at most; 0 leaves it to the proxy.
         panic: where less than this share of the peers is healthy, health is ignored, 0.0 to 1.0.
     """
 

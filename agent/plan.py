@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from agent import policies
 from agent.compile import DEFAULT
+from agent.driver import certificates
 from agent.driver.openresty import Build
 from agent.driver.parts import Connect, Rendered, Renderer, diff
 from agent.driver.targets import Target
@@ -32,7 +33,12 @@ from agent.model import (
     Upstream,
 )
 
-REFUSALS = frozenset({"host_quarantined", "upstream_refused"})
+REFUSALS = certificates.REASONS | {
+    "host_quarantined",
+    "upstream_refused",
+    "http3_unavailable",
+    "stream_unavailable",
+}
 """Reasons of what OpenResty refused: no compilation, only the agent that pushed knows of these."""
 
 
@@ -90,7 +96,7 @@ class Running(_Part):
 
     @property
     def refusals(self) -> tuple[Rejection, ...]:
-        """What OpenResty refused."""
+        """What OpenResty refused, or serves and warns of."""
         return tuple(item for item in self.rejections if item.reason in REFUSALS)
 
     @property

@@ -1,4 +1,4 @@
-"""A site as nginx configuration: one file per host, and one for what all hosts share.
+"""A site as nginx configuration: one file per host or TCP port, and what all hosts share.
 
 The text is a function of its arguments alone: sorted, without times, so that an equal site has an
 equal generation and needs no reload. Every value that a label or a setting brought in goes through
@@ -23,10 +23,18 @@ from agent.errors import RenderError
 from agent.model import BackendTls, Host, Location, Protocol, Site, VerifyClient
 
 DEFAULT_FILE = "00-default.conf"
-"""The file of what all hosts share; every other file is for one host."""
+"""The file of what all hosts share."""
+
+PASSTHROUGH_FILE = "passthrough.stream"
+"""The file that tells, by server name, whose TLS is passed on unopened; for nginx's stream part."""
+
+STREAM = "stream"
+"""The feature of an OpenResty that can pass connections on unopened."""
 
 _DEFAULT_TEMPLATE = "default.conf.j2"
 _HOST_TEMPLATE = "host.conf.j2"
+_TCP_TEMPLATE = "tcp.stream.j2"
+_PASSTHROUGH_TEMPLATE = "passthrough.stream.j2"
 _HTTP2_DIRECTIVE_SINCE = 1_025_001
 _KEEPALIVE_BY_DEFAULT_SINCE = 1_029_007
 _KEEPALIVE_MIN_TIMEOUT_SINCE = 1_027_004
@@ -39,7 +47,8 @@ class Capabilities:
 
     Attributes:
         nginx_version: as nginx numbers itself, 1022001 for 1.22.1.
-        features: what it was built with, by the names of its `--with-…_module` options.
+        features: what it was built with, by the names of its `--with-…_module` options, and what it
+            can do that not every build can, as its status says.
     """
 
     nginx_version: int = 1_022_001
@@ -66,6 +75,9 @@ class Backend:
 def render(site: Site, settings: Settings, caps: Capabilities) -> dict[str, str]:
     """The site as files, name to text.
 
+    Without the feature `stream` there are no files for TCP ports and passthrough; who renders says
+    so to whoever asked for them.
+
     Raises:
         RenderError: a template cannot be read or fails, or a setting cannot be written in nginx's
             syntax.
@@ -78,7 +90,15 @@ def render(site: Site, settings: Settings, caps: Capabilities) -> dict[str, str]
         for locations in (site.default, *(host.locations for host in site.hosts))
         for location in locations
     )
+    stream = STREAM in caps.features
+    unopened = tuple(
+        host for host in site.hosts if host.passthrough and stream and extension.ssl_port != 0
+    )
     shared = {
+        # Hosts with TLS always listen to the stream part too: its old workers, after the last
+        # passthrough is gone, still have connections for them.
+        "stream": stream,
+        "behind_stream": bool(unopened),
         "extension": extension,
         "accepts": " proxy_protocol" if extension.proxy_protocol else "",
         "trusting": bool(extension.trusted_proxies) or extension.proxy_protocol,
@@ -111,10 +131,17 @@ def render(site: Site, settings: Settings, caps: Capabilities) -> dict[str, str]
                 shared,
                 host=host,
                 servers=_servers(host),
-                tls=host.tls is not None and extension.ssl_port != 0,
+                tls=host.tls is not None and extension.ssl_port != 0 and host not in unopened,
                 verified=host.tls is not None and host.tls.verify_client is VerifyClient.REQUIRED,
                 backends=_backends((item, host.name) for item in host.locations),
                 has_root=any(location.path == "/" for location in host.locations),
+            )
+        template = templates.get_template(_TCP_TEMPLATE)
+        for route in site.tcp if stream else ():
+            files[tcp_file_name(route.port)] = template.render(shared, route=route)
+        if unopened:
+            files[PASSTHROUGH_FILE] = templates.get_template(_PASSTHROUGH_TEMPLATE).render(
+                shared, names=_names(unopened), opened=_opened(site, unopened)
             )
     except _TEMPLATE_FAULTS as error:
         raise RenderError(_told(error, extension.template_path)) from error
@@ -182,9 +209,39 @@ def file_name(host: str) -> str:
     return plain + ".conf"
 
 
+def tcp_file_name(port: int) -> str:
+    """Name of the file of a TCP port."""
+    return f"tcp-{port}.stream"
+
+
 def hosts_of_files(site: Site) -> dict[str, str]:
-    """File name to host name, for each file that is for one host."""
-    return {file_name(host.name): host.name for host in site.hosts}
+    """File name to host name, or `TCP port N`, for each file that is for one of them."""
+    hosts = {file_name(host.name): host.name for host in site.hosts}
+    return hosts | {tcp_file_name(route.port): f"TCP port {route.port}" for route in site.tcp}
+
+
+def _names(unopened: Iterable[Host]) -> dict[str, str]:
+    """Server name to upstream, for each name whose TLS is passed on."""
+    return {
+        _map_key(name): host.passthrough for host in unopened for name in (host.name, *host.aliases)
+    }
+
+
+def _opened(site: Site, unopened: tuple[Host, ...]) -> tuple[str, ...]:
+    """Names that a wildcard among the passed on ones could take away from hosts with TLS here."""
+    if not any(name.startswith("*.") for host in unopened for name in (host.name, *host.aliases)):
+        return ()
+    return tuple(
+        _map_key(name)
+        for host in site.hosts
+        if host.tls is not None and host not in unopened
+        for name in (host.name, *host.aliases)
+    )
+
+
+def _map_key(name: str) -> str:
+    """A server name as a key of nginx's `map`, where some words mean something else."""
+    return "\\" + name if name in ("default", "hostnames", "include", "volatile") else name
 
 
 def quote(value: object, *, variables: str = "") -> str:

@@ -21,6 +21,7 @@ state=${TIDEGATE_STATE_DIR:-/var/lib/tidegate}
 conf_dir=${TIDEGATE_CONF_DIR:-/etc/tidegate/conf.d}
 admin_listen=${TIDEGATE_ADMIN_LISTEN:-127.0.0.1:8081}
 token_file=${TIDEGATE_ADMIN_TOKEN_FILE:-}
+session_secret_file=${TIDEGATE_SESSION_SECRET_FILE:-}
 tls_cert=${TIDEGATE_ADMIN_TLS_CERT:-}
 tls_key=${TIDEGATE_ADMIN_TLS_KEY:-}
 tls_client_ca=${TIDEGATE_ADMIN_TLS_CLIENT_CA:-}
@@ -60,7 +61,8 @@ check() { # NAME VALUE PATTERN-OF-ALLOWED-CHARACTERS
 }
 path_chars='A-Za-z0-9._/@+:,=-'
 for pair in "TIDEGATE_RUN_DIR=$run" "TIDEGATE_STATE_DIR=$state" "TIDEGATE_CONF_DIR=$conf_dir" \
-    "TIDEGATE_ADMIN_TOKEN_FILE=$token_file" "TIDEGATE_ADMIN_TLS_CERT=$tls_cert" \
+    "TIDEGATE_ADMIN_TOKEN_FILE=$token_file" \
+    "TIDEGATE_SESSION_SECRET_FILE=$session_secret_file" "TIDEGATE_ADMIN_TLS_CERT=$tls_cert" \
     "TIDEGATE_ADMIN_TLS_KEY=$tls_key" "TIDEGATE_ADMIN_TLS_CLIENT_CA=$tls_client_ca" \
     "TIDEGATE_ERROR_PAGE=$error_page" "TIDEGATE_STATUS_PASSWORD_FILE=$status_password_file" \
     "TIDEGATE_CA_BUNDLE=$ca_bundle" "directory=$home"; do
@@ -91,6 +93,9 @@ esac
 if [ -n "$token_file" ] && [ ! -r "$token_file" ]; then
     fail "TIDEGATE_ADMIN_TOKEN_FILE $token_file cannot be read by user $(id -u)"
 fi
+if [ -n "$session_secret_file" ] && [ ! -r "$session_secret_file" ]; then
+    fail "TIDEGATE_SESSION_SECRET_FILE $session_secret_file cannot be read by user $(id -u)"
+fi
 if [ -n "$status_password_file" ] && [ ! -r "$status_password_file" ]; then
     fail "TIDEGATE_STATUS_PASSWORD_FILE $status_password_file cannot be read by user $(id -u)"
 fi
@@ -120,26 +125,45 @@ else
     admin_listen_line=$admin_listen
 fi
 
-modules=
-if [ -x /usr/local/openresty/bin/openresty ]; then
+# OpenResty has Lua built in; Debian's nginx loads it, and so may any other that was built so.
+binary=${TIDEGATE_NGINX:-}
+if [ -z "$binary" ] && [ -x /usr/local/openresty/bin/openresty ]; then
     binary=/usr/local/openresty/bin/openresty
-else
+elif [ -z "$binary" ]; then
     binary=$(command -v openresty || command -v nginx || echo /usr/sbin/nginx)
-    [ -x "$binary" ] || fail "neither OpenResty nor nginx is installed"
-    for module in ndk_http_module ngx_http_lua_module; do
-        if [ -f "/usr/lib/nginx/modules/$module.so" ]; then
-            modules="$modules load_module /usr/lib/nginx/modules/$module.so;"
-        fi
-    done
-    case $binary in
-        */openresty) ;;
-        *)
-            case $modules in
-                *ngx_http_lua_module*) ;;
-                *) fail "nginx has no Lua module; on Debian: apt-get install libnginx-mod-http-lua lua-cjson" ;;
-            esac
-            ;;
-    esac
+fi
+check TIDEGATE_NGINX "$binary" "$path_chars"
+[ -x "$binary" ] || fail "neither OpenResty nor nginx is installed: there is no $binary"
+modules=
+built=$("$binary" -V 2>&1)
+case $built in
+    # As nginx tells how it was configured: the module's directory, whatever its version.
+    *--add-module=*ngx_lua*|*--add-module=*lua-nginx-module*) ;;
+    *)
+        for module in ndk_http_module ngx_http_lua_module; do
+            if [ -f "/usr/lib/nginx/modules/$module.so" ]; then
+                modules="$modules load_module /usr/lib/nginx/modules/$module.so;"
+            fi
+        done
+        case $modules in
+            *ngx_http_lua_module*) ;;
+            *) fail "$binary has no Lua module; on Debian: apt-get install libnginx-mod-http-lua lua-cjson" ;;
+        esac
+        ;;
+esac
+
+# TCP routes and passthrough need Lua in the stream part, and sockets whose paths the system takes.
+stream=false
+case $built in
+    *--with-stream_ssl_preread_module*)
+        case $built in
+            *--add-module=*stream_lua*|*--add-module=*stream-lua-nginx-module*) stream=true ;;
+        esac
+        ;;
+esac
+if [ "$stream" = true ] && [ "${#run}" -gt 98 ]; then
+    say "no TCP routes and no passthrough: the path of TIDEGATE_RUN_DIR is longer than 98 characters"
+    stream=false
 fi
 
 # What this build can do, as the agent hears it: "http_v2", "http_v3", "stream_ssl_preread" …
@@ -186,11 +210,27 @@ case $admin_listen in
         ;;
 esac
 
+# Listeners of the TLS port's connections that the stream part passes on; a site includes them.
+rm -f -- "$run/tls.sock" "$run/raw.sock"
+for http2 in "" " http2"; do
+    {
+        echo "listen unix:$run/tls.sock ssl$http2 proxy_protocol;"
+        echo "set_real_ip_from unix:;"
+        echo "real_ip_header proxy_protocol;"
+    } >"$run/tls${http2:+-http2}.inc"
+done
+echo "listen unix:$run/raw.sock proxy_protocol;" >"$run/raw.inc"
+
 mkdir -p -- "$state/site/builtin"
 sed "s|@HTTP_PORT@|$http_port|g" "$home/builtin.conf" >"$state/site/builtin/00-builtin.conf"
 [ -L "$state/site/current" ] || ln -s builtin "$state/site/current"
 
-sed -e "s|@MODULES@|$modules|g" \
+stream_part=
+if [ "$stream" = true ]; then
+    stream_part=$home/stream.conf
+fi
+# shellcheck disable=SC2086 # no word where there is no stream part; paths have no blanks (check)
+cat -- "$home/nginx.conf" $stream_part | sed -e "s|@MODULES@|$modules|g" \
     -e "s|@USER@|$user_line|g" \
     -e "s|@WORKERS@|$workers|g" \
     -e "s|@SHUTDOWN_TIMEOUT@|$shutdown_timeout|g" \
@@ -206,6 +246,7 @@ sed -e "s|@MODULES@|$modules|g" \
     -e "s|@POINTER_SIZE@|${pointer_size}k|g" \
     -e "s|@DICT_SIZE@|$dict_size|g" \
     -e "s|@TOKEN_FILE@|$token_file|g" \
+    -e "s|@SESSION_SECRET_FILE@|$session_secret_file|g" \
     -e "s|@LEASE_TTL@|$lease_ttl|g" \
     -e "s|@MAX_HELD@|$max_held|g" \
     -e "s|@ERROR_PAGE@|$error_page|g" \
@@ -214,7 +255,8 @@ sed -e "s|@MODULES@|$modules|g" \
     -e "s|@ADMIN_LISTEN@|$admin_listen_line|g" \
     -e "s|@ADMIN_TLS@|$admin_tls|g" \
     -e "s|@CONF_DIR@|$conf_dir|g" \
-    "$home/nginx.conf" >"$run/nginx.conf"
+    -e "s|@STREAM@|$stream|g" \
+    >"$run/nginx.conf"
 
 # A site that was good may not load any more (a certificate is gone, a port is taken away). Then
 # the one before it serves, and at worst the built-in one: never nothing.

@@ -23,6 +23,12 @@ _HINTS = {
     "not_yet_valid": "Look at the clocks, or wait.",
     "no_room": "Start OpenResty with a larger TIDEGATE_DICT_SIZE.",
 }
+REASONS = frozenset(
+    {f"certificate_{what}" for what in _HINTS}
+    | {f"{kind}_ca_{what}" for kind in ("client", "backend") for what in ("missing", "unreadable")}
+)
+"""All reasons that an instance tells."""
+
 _CURED = " A change of the file is taken in within seconds, without a reload."
 
 
@@ -42,6 +48,7 @@ def rejections(
             + ("refused until that is cured" if problem.refused else "served nevertheless"),
             hint=_HINTS.get(problem.reason.partition("_")[2].removeprefix("ca_"), "Mend the file.")
             + _CURED,
+            served=not problem.refused,
         )
         for problem in problems
         for subject in _subjects(problem, site)
@@ -55,6 +62,7 @@ def no_http3(instance: str) -> Rejection:
         reason="http3_unavailable",
         message="HTTP3 is on, and its nginx was built without it: it serves HTTP/1.1 and HTTP/2.",
         hint="Take an image whose `nginx -V` has --with-http_v3_module, or set HTTP3 = false.",
+        served=True,
     )
 
 

@@ -143,11 +143,11 @@ class Fleet:
         return tuple(sorted((item.view() for item in self._all()), key=lambda view: view.name))
 
     def rejections(self) -> tuple[Rejection, ...]:
-        """What instances refused, once per subject."""
-        found: dict[str, Rejection] = {}
+        """What instances refused or warn of, once per subject and reason."""
+        found: dict[tuple[str, str], Rejection] = {}
         for worker in self._all():
             for rejection in worker.rejections():
-                found.setdefault(rejection.subject, rejection)
+                found.setdefault((rejection.subject, rejection.reason), rejection)
         return tuple(found.values())
 
     def _all(self) -> tuple[Worker, ...]:

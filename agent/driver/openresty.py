@@ -52,7 +52,8 @@ class Build:
 
     Attributes:
         nginx_version: as nginx counts it: 1022001 is 1.22.1; 0 if unknown.
-        features: what it was built with: `http_v2`, `http_v3`, `stream_ssl_preread` …
+        features: what it was built with: `http_v2`, `http_v3`, `stream_ssl_preread` …; `stream`
+            where it can pass connections on unopened.
     """
 
     nginx_version: int = 0
@@ -85,8 +86,7 @@ class Status:
         instance: id of the running OpenResty, new at each start.
         source: where its membership came from: "push", "disk" or "none".
         build: what its nginx is.
-        certificates_serial: changes when a problem with a certificate comes or goes; None from an
-            instance that does not tell.
+        certificates_serial: changes when a problem with a certificate comes or goes.
     """
 
     instance: str
@@ -98,7 +98,7 @@ class Status:
     peers: int = 0
     source: str = ""
     build: Build = Build()
-    certificates_serial: int | None = None
+    certificates_serial: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
     dict_capacity: int = 0
     dict_free: int = 0
@@ -439,7 +439,7 @@ def _status(answer: Mapping[str, Any]) -> Status:
                 nginx_version=int(answer.get("nginx_version") or 0),
                 features=frozenset(str(item) for item in answer.get("features") or ()),
             ),
-            certificates_serial=answer.get("certificates_serial"),
+            certificates_serial=int(answer.get("certificates_serial") or 0),
             versions={str(k): str(v) for k, v in (answer.get("versions") or {}).items()},
             dict_capacity=int(room.get("capacity_bytes") or 0),
             dict_free=int(room.get("free_bytes") or 0),

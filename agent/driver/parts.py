@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
@@ -84,8 +84,8 @@ class Rendered:
 
     Attributes:
         files: name to text, complete.
-        hosts: name of a file to the host that it is for. Only these can be quarantined: the
-            others are the ground that all hosts stand on.
+        hosts: name of a file to the host, or `TCP port N`, that it is for. Only these can be
+            quarantined: the others are the ground that all hosts stand on.
     """
 
     files: Mapping[str, str]
@@ -111,8 +111,8 @@ class Sink(Protocol):
     def push(self, instance: str, kind: str, result: str) -> None:
         """A push ("delta", "full", "site") ended."""
 
-    def reload(self, instance: str, result: str) -> None:
-        """A site push made nginx reload ("ok") or was refused by it ("refused")."""
+    def reload(self, instance: str, result: str, seconds: float) -> None:
+        """A site push made nginx reload ("ok") or was refused by it ("refused"), after so long."""
 
     def forget_instance(self, instance: str) -> None:
         """An instance is gone for good."""
@@ -261,6 +261,16 @@ def split(upsert: Mapping[str, Upstream]) -> list[dict[str, Upstream]]:
         parts[-1][name] = upstream
         weight += UPSTREAM_WEIGHT + len(upstream.peers)
     return parts
+
+
+def named(site: Site) -> Iterator[str]:
+    """Upstreams that a site names."""
+    yield from (location.upstream for location in site.default)
+    for host in site.hosts:
+        yield from (location.upstream for location in host.locations)
+        if host.passthrough:
+            yield host.passthrough
+    yield from (route.upstream for route in site.tcp)
 
 
 def survivors(upstream: Upstream, wanted: Membership) -> Upstream:

@@ -115,7 +115,8 @@ class Quarantine:
         """A rejection for each refused host."""
         return tuple(
             Rejection(
-                subject=f"host {item.host}",
+                # A host's name has no blank in it; `TCP port N` says by itself what it is.
+                subject=item.host if " " in item.host else f"host {item.host}",
                 reason="host_quarantined",
                 message=f"nginx of {instance} refused its configuration: {item.message}",
                 hint="Its last accepted configuration serves on, if it had one. Mend what nginx "

@@ -212,11 +212,12 @@ class Rollout:
                 generation[:12],
                 sum(file in rendered.hosts for file in files),
             )
+            began = time.monotonic()
             try:
                 reloaded = client.put_site(writer=self._writer, generation=generation, files=files)
             except SiteRefused as error:
                 self._sink.push(name, "site", "refused")
-                self._sink.reload(name, "refused")
+                self._sink.reload(name, "refused", time.monotonic() - began)
                 if error.file is None or error.file not in rendered.hosts:
                     raise
                 if error.file not in files:
@@ -242,7 +243,7 @@ class Rollout:
                 raise
             self._sink.push(name, "site", "ok")
             if reloaded:
-                self._sink.reload(name, "ok")
+                self._sink.reload(name, "ok", time.monotonic() - began)
                 log.info("OpenResty %s: runs site %s", name, generation[:12])
                 if since is not None:
                     self._sink.applied("site", time.monotonic() - since)

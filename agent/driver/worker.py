@@ -28,6 +28,7 @@ from agent.driver.parts import (
     Revisions,
     Sink,
     diff,
+    named,
     split,
     survivors,
 )
@@ -56,6 +57,9 @@ LITTLE_ROOM = 0.25
 
 BUSY_WAIT = 0.05
 """Seconds until a push is tried again that met another one."""
+
+STREAM = "stream"
+"""The feature of an instance that can pass connections on unopened."""
 
 FIRST_WAIT = 0.05
 """Seconds until the first retry; doubles up to the heartbeat."""
@@ -236,6 +240,7 @@ class Worker:
             + self._room()
             + self.quarantine.rejections(self.target.name)
             + self._certificates()
+            + self._unavailable()
         )
 
     def _certificates(self) -> tuple[Rejection, ...]:
@@ -248,6 +253,30 @@ class Worker:
         if wants_http3 and status is not None and "http_v3" not in status.build.features:
             found += (certificates.no_http3(self.target.name),)
         return found
+
+    def _unavailable(self) -> tuple[Rejection, ...]:
+        """What was asked for and takes a module that the instance's nginx lacks."""
+        with self._changed:
+            status, order = self._status, self._order
+        if status is None or order is None or STREAM in status.build.features:
+            return ()
+        asked = [(f"TCP port {route.port}", "the TCP route") for route in order.site.tcp] + [
+            (f"host {host.name}", "the passthrough of its TLS")
+            for host in order.site.hosts
+            if host.passthrough
+        ]
+        return tuple(
+            Rejection(
+                subject=subject,
+                reason="stream_unavailable",
+                message=f"OpenResty {self.target.name} does not serve {what}: this build of nginx "
+                f"({status.versions.get('nginx') or 'of unknown version'}) has no stream Lua "
+                "module",
+                hint="Use an image with OpenResty, as Dockerfile.openresty does by default; "
+                "Debian's nginx has no such module. All else is served.",
+            )
+            for subject, what in asked
+        )
 
     def _room(self) -> tuple[Rejection, ...]:
         status = self._status
@@ -281,11 +310,7 @@ class Worker:
             if self._has_site(site) and not self.quarantine.due(now):
                 return False
             known = held.membership.upstreams
-            return all(
-                location.upstream in known or location.upstream in self._refused
-                for host in site.hosts
-                for location in host.locations
-            )
+            return all(name in known or name in self._refused for name in named(site))
 
     def site_wake_at(self) -> float | None:
         """When the rollout has to look again by itself (monotonic); None if never."""
@@ -448,13 +473,15 @@ class Worker:
 
     def _look_at_certificates(self, status: Status) -> None:
         """Ask what is wrong with certificates, if that has changed."""
-        serial = status.certificates_serial
-        if serial is None or (status.instance, serial) == self._problems_of:
+        of = (status.instance, status.certificates_serial)
+        if of == self._problems_of:
             return
-        problems = self._open_client.certificate_problems()
+        # Where nothing has changed yet, nothing has been looked at.
+        known = status.certificates_serial > 0
+        problems = self._open_client.certificate_problems() if known else ()
         with self._changed:
             self._problems = problems
-        self._problems_of = (status.instance, serial)
+        self._problems_of = of
 
     def _saw(self, status: Status) -> None:
         """Take note of a status: where it differs from what we know, reality wins."""

@@ -6,7 +6,7 @@ This module must not look at networks, ports or instances: whether a declaration
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from agent.labels import forms
 from agent.labels.declaration import INTERLOCK, Reason, RouteDeclaration, Rules
@@ -14,7 +14,17 @@ from agent.labels.forms import InvalidValueError, shown
 from agent.labels.names import BACKEND_TLS_OPTIONS, FRONT_OPTIONS
 from agent.labels.policy import read_behaviour, read_canary
 from agent.labels.reader import Reader, sentence
-from agent.model import BackendTls, Protocol, Redirect, VerifyClient, Workload, WorkloadKind
+from agent.model import (
+    BackendTls,
+    Check,
+    CheckKind,
+    Policy,
+    Protocol,
+    Redirect,
+    VerifyClient,
+    Workload,
+    WorkloadKind,
+)
 
 
 def read_route(
@@ -45,7 +55,7 @@ def read_route(
     canary = read_canary(reader)
     if reader.refused or hosts is None:
         return None
-    policy = behaviour.policy
+    policy = _checked(reader, behaviour.policy, protocol=protocol, tls=backend_tls is not None)
     if vip and policy.sticky is not None:
         reader.note(
             f"Sessions cannot be kept with {reader.label('backend_mode')}=vip: Docker chooses the "
@@ -367,6 +377,27 @@ def _passthrough(reader: Reader, context_root: str) -> _Front:
         hsts=None,
         passthrough=True,
     )
+
+
+def _checked(reader: Reader, policy: Policy, *, protocol: Protocol, tls: bool) -> Policy:
+    """The policy with a check that speaks what the peers do."""
+    check = policy.check
+    if check is None or check.kind is not CheckKind.HTTP:
+        return policy
+    if protocol is Protocol.GRPC:
+        reader.note(
+            "Peers that speak gRPC cannot be asked by HTTP: their health check only connects.",
+            f"Write {reader.label('health_check')}=tcp.",
+        )
+        only_connects = Check(
+            CheckKind.TCP,
+            interval=check.interval,
+            timeout=check.timeout,
+            rise=check.rise,
+            fall=check.fall,
+        )
+        return replace(policy, check=only_connects)
+    return replace(policy, check=replace(check, tls=tls))
 
 
 def _backend_tls(reader: Reader) -> BackendTls | None:

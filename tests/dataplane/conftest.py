@@ -13,15 +13,41 @@ if str(_ROOT) not in sys.path:  # for `pytest` without `python -m`
     sys.path.insert(0, str(_ROOT))
 
 from tests.conftest import require  # noqa: E402
-from tests.dataplane.harness import Backend, Proxy, nginx_is_installed, site  # noqa: E402
+from tests.dataplane.harness import (  # noqa: E402
+    Backend,
+    Proxy,
+    nginx_has_stream_lua,
+    nginx_is_installed,
+    site,
+)
 
 _HERE = Path(__file__).parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+_LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves the tests of the stream part out where there is none: CI's nginx is Debian's."""
     for item in items:
         if _HERE in item.path.parents:
             item.add_marker(pytest.mark.dataplane)
+    stream = [item for item in items if item.get_closest_marker("stream")]
+    if stream and not nginx_has_stream_lua():
+        config.stash[_LEFT_OUT] = len(stream)
+        items[:] = [item for item in items if item not in stream]
+        config.hook.pytest_deselected(items=stream)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    left_out = config.stash.get(_LEFT_OUT, 0)
+    if left_out:
+        terminalreporter.write_line(
+            f"{left_out} tests of TCP routes and passthrough left out: this nginx has no Lua in "
+            "its stream part; TIDEGATE_TEST_NGINX can name one that has (docs/testing.md)"
+        )
 
 
 @pytest.fixture

@@ -29,7 +29,10 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 ROOT = Path(__file__).resolve().parents[2]
-ENTRYPOINT = ROOT / "nginx" / "entrypoint.sh"
+HOME = ROOT / "nginx"
+ENTRYPOINT = HOME / "entrypoint.sh"
+TEST_NGINX = os.environ.get("TIDEGATE_TEST_NGINX", "")
+"""Binary to test instead of the one that is installed; empty for that one."""
 WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
 T = TypeVar("T")
@@ -167,10 +170,15 @@ class Admin:
             self.revision = base + 1
         return answer
 
+    def shown(self, upstream: str) -> dict[str, Any]:
+        """`GET /v1/membership/UPSTREAM`."""
+        path = "/v1/membership/" + upstream.replace("/", "%2F")
+        answer: dict[str, Any] = self.call("GET", path).json()
+        return answer
+
     def live(self, upstream: str) -> dict[str, str]:
         """Live state by peer id."""
-        answer = self.call("GET", "/v1/membership/" + upstream.replace("/", "%2F")).json()
-        return {peer["id"]: peer["live"]["state"] for peer in answer["peers"]}
+        return {peer["id"]: peer["live"]["state"] for peer in self.shown(upstream)["peers"]}
 
     def site(self, files: Mapping[str, str]) -> Answer:
         """Pushes a site, with the hash of its files as generation."""
@@ -198,6 +206,7 @@ class Proxy:
     Args:
         directory: where its run and state directories go.
         env: further settings of the entry point.
+        home: where the entry point and the static configuration are.
     """
 
     def __init__(
@@ -207,8 +216,10 @@ class Proxy:
         workers: int = 2,
         token: str = "",
         env: Mapping[str, str] | None = None,
+        home: Path = HOME,
     ) -> None:
         self.directory = directory
+        self.home = home
         self.http_port = free_port()
         self.admin_port = free_port()
         self.run_dir = directory / "run"
@@ -223,6 +234,7 @@ class Proxy:
             "TIDEGATE_ADMIN_TOKEN": token,
             "TIDEGATE_HTTP_PORT": str(self.http_port),
             "TIDEGATE_WORKERS": str(workers),
+            "TIDEGATE_NGINX": TEST_NGINX,
             **(env or {}),
         }
         self._process: subprocess.Popen[bytes] | None = None
@@ -244,7 +256,7 @@ class Proxy:
         self.directory.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                ["sh", str(ENTRYPOINT)],
+                ["sh", str(self.home / "entrypoint.sh")],
                 env={**os.environ, **self.env},
                 stdout=log,
                 stderr=log,
@@ -363,9 +375,11 @@ server {{
     return files
 
 
-def upstream(*peers: Mapping[str, object], hold: float = 0.0) -> dict[str, object]:
-    """An upstream as it goes over the wire."""
-    return {"policy": {"algorithm": "round_robin"}, "hold": hold, "peers": list(peers)}
+def upstream(
+    *peers: Mapping[str, object], hold: float = 0.0, **policy: object
+) -> dict[str, object]:
+    """An upstream as it goes over the wire; `policy` are the fields of its policy."""
+    return {"policy": {"algorithm": "round_robin"} | policy, "hold": hold, "peers": list(peers)}
 
 
 def peer(
@@ -375,6 +389,7 @@ def peer(
     address: str = "127.0.0.1",
     weight: int = 1,
     state: str = "up",
+    backup: bool = False,
 ) -> dict[str, object]:
     """A peer as it goes over the wire."""
     return {
@@ -383,6 +398,7 @@ def peer(
         "port": port,
         "weight": weight,
         "state": state,
+        **({"backup": True} if backup else {}),
     }
 
 
@@ -416,12 +432,22 @@ class Backend:
     """A toy application: answers with its name.
 
     Paths: `/sleep/SECONDS` answers late; `/echo` answers with the body; `/reset` reads the request
-    and closes without an answer; an `Upgrade: websocket` is accepted and each message echoed.
+    and closes without an answer; `/garbage` answers with an invalid header; an `Upgrade: websocket`
+    is accepted and each message echoed. `/check` answers with `health`, all else with `status`.
+
+    Attributes:
+        delay: seconds before each answer.
+        busy: requests it has not answered yet; `busiest`: the most there have been.
     """
 
     name: str = "backend"
     address: str = "127.0.0.1"
     port: int = 0
+    status: int = 200
+    health: int = 200
+    delay: float = 0.0
+    busy: int = 0
+    busiest: int = 0
     tls: ssl.SSLContext | None = None
     requests: list[Seen] = field(default_factory=list)
     connections: int = 0
@@ -493,21 +519,54 @@ class Backend:
         body = await reader.readexactly(int(headers.get("content-length", "0")))
         tls = writer.get_extra_info("ssl_object")
         self.requests.append(Seen(method, path, headers, body, tls))
+        self.busy += 1
+        self.busiest = max(self.busy, self.busiest)
+        try:
+            return await self._answer(method, path, headers, body, reader, writer)
+        finally:
+            self.busy -= 1
+
+    async def _answer(
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> bool:
         if headers.get("upgrade") == "websocket":
             await self._websocket(headers, reader, writer)
             return False
         if path.startswith("/reset"):
             return False
+        if path.startswith("/garbage"):
+            writer.write(b"HTTP/1.1 200 OK\r\nX\0Y: z\r\n\r\n")
+            await writer.drain()
+            return False
         if path.startswith("/sleep/"):
             await asyncio.sleep(float(path.split("/")[2]))
+        elif self.delay:
+            await asyncio.sleep(self.delay)
         text = body if path.startswith("/echo") else self.name.encode()
+        status = self.health if path.startswith("/check") else self.status
         writer.write(
-            b"HTTP/1.1 200 OK\r\nX-Backend: %s\r\nContent-Length: %d\r\n\r\n"
-            % (self.name.encode(), len(text))
+            b"HTTP/1.1 %d Said\r\nX-Backend: %s\r\nContent-Length: %d\r\n\r\n"
+            % (status, self.name.encode(), len(text))
             + (b"" if method == "HEAD" else text)
         )
         await writer.drain()
         return True
+
+    @property
+    def checks(self) -> list[Seen]:
+        """Requests of health checks, which go to `/check`."""
+        return [seen for seen in self.requests if seen.path.startswith("/check")]
+
+    @property
+    def traffic(self) -> list[Seen]:
+        """All other requests."""
+        return [seen for seen in self.requests if not seen.path.startswith("/check")]
 
     async def _websocket(
         self,
@@ -632,10 +691,24 @@ class Load:
             writer.close()
 
 
+def nginx_has_stream_lua() -> bool:
+    """Whether the nginx that is tested has Lua in its stream part."""
+    binary = TEST_NGINX or (
+        "/usr/local/openresty/bin/openresty"
+        if Path("/usr/local/openresty/bin/openresty").exists()
+        else shutil.which("openresty") or shutil.which("nginx") or ""
+    )
+    if not binary:
+        return False
+    built = subprocess.run([binary, "-V"], capture_output=True, text=True, timeout=30).stderr
+    return "stream_lua" in built or "stream-lua-nginx-module" in built
+
+
 def nginx_is_installed() -> bool:
     """Whether this machine has nginx with Lua, or OpenResty."""
     return bool(
-        shutil.which("openresty")
+        TEST_NGINX
+        or shutil.which("openresty")
         or Path("/usr/local/openresty/bin/openresty").exists()
         or Path("/usr/lib/nginx/modules/ngx_http_lua_module.so").exists()
     )

@@ -16,6 +16,7 @@ from tests.dataplane.harness import (
     Backend,
     Proxy,
     generation_of,
+    nginx_has_stream_lua,
     peer,
     request,
     site,
@@ -44,6 +45,16 @@ def test_status_says_who_it_is_and_what_is_in_force(proxy: Proxy) -> None:
     assert status["versions"]["nginx"] == f"{version // 1000000}.{version // 1000 % 1000}." + str(
         version % 1000
     )
+
+
+def test_it_says_whether_it_can_pass_connections_on(proxy: Proxy) -> None:
+    assert ("stream" in proxy.admin.status()["features"]) == nginx_has_stream_lua()
+
+
+def test_a_file_for_the_stream_part_does_no_harm_where_there_is_none(proxy: Proxy) -> None:
+    files = site(proxy.http_port, {"a.test": {"/": "a.test/"}})
+    answer = proxy.admin.site({**files, "empty.stream": "# for the stream part\n"})
+    assert answer.status == 200, answer.text
 
 
 def test_its_version_is_the_one_of_the_project(proxy: Proxy) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from tests.certificates import authority, certificate
 from tests.conftest import require
 from tests.dataplane.harness import (
     ROOT,
@@ -27,6 +28,7 @@ from tests.dataplane.harness import (
     Proxy,
     backends,
     free_port,
+    nginx_has_stream_lua,
     nginx_is_installed,
     request,
     wait_until,
@@ -326,19 +328,63 @@ def test_nginx_that_lost_everything_gets_it_again_by_itself(proxy, start):
         wait_until(lambda: serving(proxy, "a.test") == {"b0"}, timeout=20, what="served again")
 
 
+def test_a_certificate_that_is_missing_concerns_its_host_alone_until_it_comes(
+    proxy, start, tmp_path
+):
+    agent = start()
+    certs = agent.directory / "certs"
+    labels = {
+        "interlock.ssl": "true",
+        "interlock.ssl_cert": "b.pem",
+        "interlock.ssl_cert_key": "b.key",
+    }
+    with backends(2) as (one, two):
+        agent.write(service("a.test", one), service("b.test", two, labels=labels))
+        agent.start()
+        agent.wait_in_sync()
+        assert serving(proxy, "a.test") == {"b0"}
+        assert serving(proxy, "b.test") == {"b1"}
+        (told,) = wait_until(lambda: agent.state()["rejections"], what="told")
+        assert (told["subject"], told["reason"]) == ("host b.test", "certificate_missing")
+        assert f"{certs}/b.pem" in told["message"]
+        assert agent.metric('tidegate_rejections{reason="certificate_missing"}') == 1
+        assert request(agent.port, "/readyz", host="agent").status == 200
+        explained = agent.command("explain", "b.test", "-c", str(agent.config))
+        assert explained.returncode == 1
+        assert "certificate_missing" in explained.stdout
+
+        workers = settled(proxy)
+        certs.mkdir(exist_ok=True)
+        authority(certs, "ca")
+        certificate(certs, "b", ca="ca", names="DNS:b.test", days=-1)
+        wait_until(
+            lambda: (
+                [item["reason"] for item in agent.state()["rejections"]] == ["certificate_expired"]
+            ),
+            what="it came, and is too old",
+        )
+        explained = agent.command("explain", "b.test", "-c", str(agent.config))
+        assert explained.returncode == 0
+        assert "certificate_expired" in explained.stdout
+        checked = agent.command("check", "-c", str(agent.config))
+        assert "warning  host b.test: OpenResty" in checked.stdout
+        certificate(certs, "b", ca="ca", names="DNS:b.test")
+        wait_until(lambda: agent.state()["rejections"] == [], what="cured")
+        assert proxy.workers() == workers
+
+
 def test_a_host_that_nginx_refuses_is_put_apart_and_the_others_serve(proxy, start):
     agent = start()
+    templates = agent.directory / "templates"
+    templates.mkdir()
+    (templates / "host.conf.j2").write_text(
+        '{% include "builtin/host.conf.j2" %}'
+        '{% if host.name == "b.test" and "x.b.test" in host.aliases %}evil;{% endif %}\n'
+    )
+    agent.configure(extension=f'TemplatePath = "{templates}"')
     with backends(2) as (one, two):
         good = service("a.test", one)
-        bad = service(
-            "b.test",
-            two,
-            labels={
-                "interlock.ssl": "true",
-                "interlock.ssl_cert": "missing.pem",
-                "interlock.ssl_cert_key": "missing.key",
-            },
-        )
+        bad = service("b.test", two, labels={"interlock.alias_domain": "x.b.test"})
         agent.write(good, bad)
         agent.start()
         agent.wait_in_sync()
@@ -347,14 +393,14 @@ def test_a_host_that_nginx_refuses_is_put_apart_and_the_others_serve(proxy, star
         (rejection,) = agent.state()["rejections"]
         assert rejection["subject"] == "host b.test"
         assert rejection["reason"] == "host_quarantined"
-        assert "missing.pem" in rejection["message"]
+        assert "evil" in rejection["message"]
         assert request(agent.port, "/readyz", host="agent").status == 200
         assert agent.metric('tidegate_rejections{reason="host_quarantined"}') == 1
 
         explained = agent.command("explain", "b.test", "-c", str(agent.config))
         assert explained.returncode == 1
         assert "refused by OpenResty" in explained.stdout
-        assert "missing.pem" in explained.stdout
+        assert "evil" in explained.stdout
         assert agent.command("explain", "a.test", "-c", str(agent.config)).returncode == 0
         checked = agent.command("check", "-c", str(agent.config))
         assert "warning  host b.test: nginx of" in checked.stdout
@@ -508,3 +554,30 @@ def test_an_agent_with_a_hundred_services_stays_small_and_idle(proxy, start):
         )
         print(f"resident: {resident / 1e6:.0f} MB")
         assert resident < 120e6
+
+
+def test_a_label_s_tcp_port_is_served_where_the_build_can_and_told_of_where_it_cannot(
+    proxy, start, backend
+):
+    agent, port = start(), free_port()
+    agent.write(
+        service("app.test", backend),
+        service("tcp.test", backend, labels={"interlock.tcp_port": str(port)}),
+    )
+    agent.start()
+    agent.wait_in_sync()
+    assert serving(proxy, "app.test") == {"b0"}
+    reasons = {item["subject"]: item["reason"] for item in agent.state()["rejections"]}
+    if nginx_has_stream_lua():
+        assert reasons == {}
+        assert request(port, host="whatever").text == "b0"
+        with backends(1) as (other,):
+            agent.write(
+                service("app.test", backend),
+                service("tcp.test", other, labels={"interlock.tcp_port": str(port)}),
+            )
+            wait_until(lambda: request(port).status == 200 and other.requests, what="moved")
+    else:
+        assert reasons == {f"TCP port {port}": "stream_unavailable"}
+        told = agent.command("explain", "tcp", "-c", str(agent.config))
+        assert "stream_unavailable" in told.stdout, told.stdout

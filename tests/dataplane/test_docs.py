@@ -18,7 +18,8 @@ def test_every_setting_is_told() -> None:
 
 def test_every_metric_is_told(routed: Proxy, backend: Backend) -> None:
     told = dict(re.findall(r"^\| `(tidegate_\w+)` \| (\w+) \|", DOC, re.M))
-    source = (ROOT / "nginx/lua/tidegate/metrics.lua").read_text()
+    modules = (ROOT / "nginx/lua/tidegate").glob("*.lua")
+    source = "".join(path.read_text() for path in modules)
     families = dict(re.findall(r'\{ "(\w+)", "(counter|gauge|histogram)"', source))
     routed.admin.put({"a.test/": upstream(backend.peer())})
     request(routed.http_port)

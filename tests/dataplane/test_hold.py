@@ -155,7 +155,7 @@ def test_the_hold_ends(routed: Proxy) -> None:
     started = time.monotonic()
     answer = request(routed.http_port)
     assert (answer.status, answer.headers["retry-after"]) == (503, "5")
-    assert 0.5 <= time.monotonic() - started < 3
+    assert 0.49 <= time.monotonic() - started < 3
     wait_until(lambda: held(routed, "expired") == 1)
 
 
@@ -239,7 +239,7 @@ def test_a_draining_peer_that_goes_on_serving_gets_requests_held_in_vain(
 ) -> None:
     proxy.admin.site(site(proxy.http_port, {"a.test": {"/": A}}, retries=retries))
     gone = peer(free_port(), id="gone", state="draining")
-    with Backend("old") as old, ThreadPoolExecutor() as pool:
+    with Backend("old") as old, ThreadPoolExecutor(8) as pool:
         proxy.admin.put({A: upstream(old.peer(), hold=15)})
         wait_until(lambda: proxy.admin.live(A) == {"old": "up"})
         proxy.admin.patch({A: upstream(old.peer(state="draining"), gone, hold=15)})

@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,18 @@ class Pair:
         self.lab.build_image("Dockerfile.openresty", OPENRESTY_IMAGE, {"BASE": NGINX_BASE}, ROOT)
         self.lab.build_image("Dockerfile.agent", AGENT_IMAGE, {"BASE": PYTHON_BASE}, ROOT)
 
-    def deploy(self, *, watch: str = "auto", next_upstream: str = "error timeout") -> None:
-        """Deploy the stack, or update it to these settings; returns when all are in step."""
+    def deploy(
+        self,
+        *,
+        watch: str = "auto",
+        next_upstream: str = "error timeout",
+        files: tuple[Path, ...] = (ROOT / "stack.yml",),
+    ) -> None:
+        """Deploy the stack, or update it to these settings; returns when all are in step.
+
+        Args:
+            files: the stack file, and what is merged into it.
+        """
         manager = self.lab.manager
         for node in self.lab.nodes:
             self.lab.docker(manager, "node", "update", "--label-add=tidegate=true", node.name)
@@ -64,7 +74,7 @@ class Pair:
             "TIDEGATE_LOG_LEVEL": "debug",
         }
         before = self.agent_container()
-        self.stack_deploy(ROOT / "stack.yml", STACK, self._env)
+        self.stack_deploy(files, STACK, self._env)
         expected = "poll" if watch == "off" else "watch"
 
         def settled() -> bool:
@@ -79,16 +89,19 @@ class Pair:
             settled, SETTLE, f"the pair is in step (agent was {before or 'not there'})"
         )
 
-    def stack_deploy(self, file: Path, name: str, env: Mapping[str, str]) -> None:
+    def stack_deploy(self, files: Sequence[Path], name: str, env: Mapping[str, str]) -> None:
         """`docker stack deploy` as a user would, with these variables set."""
-        subprocess.run(
-            ["docker", "stack", "deploy", "--resolve-image=never", "-c", str(file), name],
+        given = [word for file in files for word in ("-c", str(file))]
+        done = subprocess.run(
+            ["docker", "stack", "deploy", "--resolve-image=never", *given, name],
             env={**os.environ, **env, "DOCKER_HOST": f"unix://{self.lab.manager.socket}"},
-            check=True,
+            check=False,
             capture_output=True,
             text=True,
             timeout=60,
         )
+        if done.returncode:
+            raise LabError(f"docker stack deploy {name}: {done.stderr}")
 
     # --- the agent ------------------------------------------------------------------------
 

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from agent.composefile import Kind
+from agent.config.settings import Settings
+from agent.lint import lint
 from bench.load import LoadProcess, Plan
 from tests.conftest import require
 from tests.lab import Lab
@@ -38,9 +41,9 @@ class Compose:
             "APP_PORT": "8080",
         }
 
-    def __call__(self, *words: str) -> str:
+    def __call__(self, *words: str, project: str = "pair", file: Path | None = None) -> str:
         done = subprocess.run(
-            ["docker-compose", "--project-name=pair", f"--file={self._file}", *words],
+            ["docker-compose", f"--project-name={project}", f"--file={file or self._file}", *words],
             env=self._env,
             capture_output=True,
             text=True,
@@ -50,10 +53,10 @@ class Compose:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def get(self) -> str:
+    def get(self, host: str = "whoami.localhost") -> str:
         """Status and body of a request for the sample app, through the proxy's port 80."""
         return self.lab.client_exec(
-            *("curl", "--silent", "--include", "--header", "Host: whoami.localhost"),
+            *("curl", "--silent", "--include", "--header", f"Host: {host}"),
             f"http://{self.lab.manager.address}/",
             check=False,
         ).stdout
@@ -115,3 +118,16 @@ def test_agent_needs_no_root_and_no_write_to_the_engine(compose: Compose) -> Non
         node, "exec", container, "tidegate", "explain", "whoami.localhost", check=False
     )
     assert "whoami.localhost" in explained
+
+
+def test_interlocks_example_is_routed_and_lint_says_so(compose: Compose) -> None:
+    file = ROOT / "examples/interlock/compose.yml"
+    files = [(str(path), path.read_text()) for path in (ROOT / "compose.yaml", file)]
+    report = lint(files, Settings(), environment={"APP_PORT": "8080"}, kind=Kind.COMPOSE)
+    said = {str(line) for verdict in report.verdicts for line in verdict.routes}
+    assert "http://test.local/ -> port 8080 over tidegate" in said
+    try:
+        compose("up", "--detach", project="example", file=file)
+        compose.lab.wait_for(lambda: "200 OK" in compose.get("test.local"), 30, "it is routed")
+    finally:
+        compose("down", project="example", file=file)

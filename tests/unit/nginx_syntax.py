@@ -6,6 +6,7 @@ lenient or the text is odd in any way it raises, so that nothing hides behind an
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -15,7 +16,11 @@ class Odd(ValueError):
 
 @dataclass(frozen=True)
 class Directive:
-    """One directive: its words, and what is in its block, or None where it has none."""
+    """One directive: its words, and what is in its block, or None where it has none.
+
+    A block of Lua is no block: its tokens are further words, strings of it as `"` and what they
+    mean.
+    """
 
     words: tuple[str, ...]
     block: tuple[Directive, ...] | None = None
@@ -42,6 +47,9 @@ def _block(
             if not words:
                 raise Odd("a semicolon without a directive")
             found.append(Directive(tuple(words)))
+            words = []
+        elif kind == "lua":
+            found.append(Directive((*words, *lua(text))))
             words = []
         elif text == "{":
             if not words:
@@ -71,6 +79,10 @@ def _tokens(text: str) -> list[tuple[str, str]]:
             at = text.find("\n", at)
             if at < 0:
                 raise Odd("a comment without an end")
+        elif char == "{" and tokens and tokens[-1][1].endswith("_by_lua_block"):
+            end = _end_of_lua(text, at)
+            tokens.append(("lua", text[at + 1 : end]))
+            at = end + 1
         elif char in ";{}":
             tokens.append(("mark", char))
             at += 1
@@ -87,6 +99,43 @@ def _tokens(text: str) -> list[tuple[str, str]]:
                 at += 1
             tokens.append(("word", text[start:at]))
     return tokens
+
+
+def lua(code: str) -> tuple[str, ...]:
+    """The tokens of the little Lua that is rendered: names, marks, strings, blocks of tables."""
+    words: list[str] = []
+    at = 0
+    while at < len(code):
+        found = _LUA.match(code, at)
+        if found is None:
+            raise Odd(f"{code[at : at + 20]!r} in a block of Lua")
+        if found["string"] is not None:
+            escaped = found["string"].encode()
+            meant = re.sub(rb"\\(\d{3})", lambda code: bytes([int(code[1])]), escaped)
+            words.append('"' + meant.decode())
+        elif found["token"]:
+            words.append(found["token"])
+        at = found.end()
+    return tuple(words)
+
+
+_LUA = re.compile(
+    r"""\s+|"(?P<string>(?:[A-Za-z0-9._/@:+,=~*\ -]|\\\d{3})*)\""""
+    r"""|(?P<token>[A-Za-z_0-9]+|[=,.(){}\[\]])"""
+)
+
+
+def _end_of_lua(text: str, at: int) -> int:
+    """Where the brace is that ends the block which begins at `at`."""
+    depth = 0
+    while at < len(text):
+        if text[at] == '"':
+            at = text.index('"', at + 1)
+        depth += {"{": 1, "}": -1}.get(text[at], 0)
+        if depth == 0:
+            return at
+        at += 1
+    raise Odd("a block of Lua without an end")
 
 
 def _quoted(text: str, at: int) -> tuple[str, int]:

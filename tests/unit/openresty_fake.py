@@ -209,12 +209,15 @@ class FakeRenderer:
 
     def __init__(self, ground: str = "ground") -> None:
         self.ground = ground
+        self.tcp = False
         self.renders = 0
 
     def render(self, site: Site, build: Build) -> Rendered:
         self.renders += 1
         files = {f"{host.name}.conf": f"{host!r} for {build.nginx_version}" for host in site.hosts}
         hosts = {f"{host.name}.conf": host.name for host in site.hosts}
+        for name in [f"TCP port {route.port}" for route in site.tcp if self.tcp]:
+            files[f"{name}.conf"], hosts[f"{name}.conf"] = name, name
         return Rendered(files={"00-ground.conf": self.ground, **files}, hosts=hosts)
 
     def generation(self, files: Mapping[str, str]) -> str:
@@ -235,7 +238,7 @@ class CountingSink:
     def push(self, instance: str, kind: str, result: str) -> None:
         self.pushes.append((instance, kind, result))
 
-    def reload(self, instance: str, result: str) -> None:
+    def reload(self, instance: str, result: str, seconds: float) -> None:
         self.reloads.append((instance, result))
 
     def forget_instance(self, instance: str) -> None:

@@ -420,6 +420,13 @@ def test_passthrough_hands_tls_to_the_upstream_and_redirects_the_rest_to_it():
     assert only(compiled(web, options=settings(ssl_port=0))).reason == "tls_off"
 
 
+def test_passthrough_and_the_proxy_protocol_do_not_go_together():
+    web = service("web", labels(hostname="a", ssl_passthrough=""), instance("t1"))
+    told = only(compiled(web, options=settings(proxy_protocol=True)))
+    assert told.reason == "tls_off"
+    assert "ProxyProtocol" in told.message
+
+
 def test_passthrough_and_termination_do_not_go_together():
     one = service("v1", labels(hostname="a", ssl_passthrough=""), instance("t1"))
     two = service("v2", labels(hostname="a", context_root="/x") | CERTIFICATE, created=2.0)

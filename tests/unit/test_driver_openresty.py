@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from agent.config.settings import OpenResty
-from agent.driver.openresty import Instance, Token, decode, encode, version_of
+from agent.driver.openresty import Build, Instance, Token, decode, encode, version_of
 from agent.driver.targets import Target
 from agent.errors import (
     DriverError,
@@ -40,6 +40,8 @@ STATUS = {
     "dict": {"capacity_bytes": 1000, "free_bytes": 900},
     "versions": {"tidegate": "0.1.0", "nginx": "1.22.1"},
     "nginx_version": 1022001,
+    "features": ["http_ssl", "stream"],
+    "certificates_serial": 3,
 }
 WEB = Upstream(
     "a.example.com/",
@@ -125,7 +127,8 @@ def instance(*urls: str, token: Token | None = None, **settings) -> Instance:
 def test_the_status_is_read(server):
     status = instance(server.url).status()
     assert (status.instance, status.revision, status.generation) == ("run-1", 7, "ab" * 32)
-    assert (status.nginx_version, status.dict_free, status.writer) == (1022001, 900, "agent-a")
+    assert (status.dict_free, status.writer) == (900, "agent-a")
+    assert status.build == Build(nginx_version=1022001, features=frozenset({"http_ssl", "stream"}))
 
 
 def test_the_token_goes_with_every_call(server):

@@ -19,9 +19,20 @@ from openresty_fake import (
 )
 
 from agent.driver.fleet import Fleet, InstanceState, Options
+from agent.driver.openresty import CertificateProblem
 from agent.driver.targets import Target
 from agent.errors import PushRefused, SiteRefused
-from agent.model import Desired, Membership, Peer, Site, Upstream
+from agent.model import (
+    BackendTls,
+    Desired,
+    Host,
+    Location,
+    Membership,
+    Peer,
+    Site,
+    TcpRoute,
+    Upstream,
+)
 
 FAST = Options(heartbeat=0.1, site_quiet=0.02, site_max_wait=0.2)
 
@@ -216,6 +227,45 @@ def test_a_dict_that_fills_up_is_told_before_it_is_full(nginx):
     assert (told.reason, told.subject) == ("dict_nearly_full", "OpenResty nginx.1")
     assert "10240 kB of 65536 kB" in told.message
     assert "TIDEGATE_DICT_SIZE" in told.hint
+
+
+def test_what_an_instance_says_of_certificates_is_told_until_it_is_cured(nginx):
+    tls = BackendTls(verify=True, ca="/ca.pem")
+    secure = Location("/api", "a/api", backend_tls=tls)
+    site = Site((Host("a", (), (Location("/", "a/"), secure)),))
+    names = Membership({name: upstream(name, "10.0.0.1") for name in ("a/", "a/api")})
+    nginx.certificate_problems = (
+        CertificateProblem("a", "", "certificate_missing", "it is not there", refused=True),
+        CertificateProblem("", "", "certificate_expires_soon", "it ends", refused=False),
+        CertificateProblem(None, tls.identity("a"), "backend_ca_missing", "no CA", refused=True),
+        CertificateProblem(None, "of an earlier site", "backend_ca_missing", "no", refused=True),
+    )
+    with running(nginx) as rig:
+        settle(rig, Desired(names, site, ()))
+        assert rig.fleet.rejections() == ()
+        nginx.certificates_serial = 1
+        told = eventually(rig.fleet.rejections)
+        assert [(item.subject, item.reason) for item in told] == [
+            ("host a", "certificate_missing"),
+            ("default certificate", "certificate_expires_soon"),
+            ("upstream a/api", "backend_ca_missing"),
+        ]
+        assert "refused until" in told[0].message
+        assert "served nevertheless" in told[1].message
+        assert all(item.hint for item in told)
+        nginx.certificate_problems, nginx.certificates_serial = (), 2
+        eventually(lambda: rig.fleet.rejections() == ())
+        assert nginx.names("certificates") == ["certificates"] * 2
+
+
+def test_http3_that_an_instance_cannot_do_is_told(nginx):
+    wanted = desired({"a": ("10.0.0.1",)})
+    with running(nginx, options=replace(FAST, http3=True)) as rig:
+        settle(rig, wanted)
+        (told,) = rig.fleet.rejections()
+        assert (told.subject, told.reason) == ("OpenResty nginx.1", "http3_unavailable")
+        nginx.features = frozenset({"http_v3"})
+        eventually(lambda: rig.fleet.rejections() == ())
 
 
 def test_drift_of_membership_is_found_by_the_heartbeat_and_mended(nginx):
@@ -642,3 +692,56 @@ def test_an_idle_fleet_costs_a_heartbeat_and_nothing_else(nginx):
         assert rig.renderer.renders == renders
         assert time.thread_time() - began < 0.1
     assert threading.active_count() < 50
+
+
+def unopened() -> Desired:
+    """One host as ever, one whose TLS is passed on, and a TCP port."""
+    plain = desired({"a": ("10.0.0.1",)})
+    more = {name: upstream(name, "10.0.0.2") for name in ("raw/", "tcp/5432")}
+    hosts = (*plain.site.hosts, Host("raw", (), (), passthrough="raw/"))
+    return Desired(
+        Membership({**plain.membership.upstreams, **more}),
+        Site(hosts, tcp=(TcpRoute(5432, "tcp/5432"),)),
+        (),
+    )
+
+
+def test_what_takes_stream_lua_is_rejected_one_by_one_where_there_is_none(nginx):
+    with running(nginx) as rig:
+        settle(rig, unopened())
+        rejections = {item.subject: item for item in rig.fleet.rejections()}
+    assert set(rejections) == {"host raw", "TCP port 5432"}
+    for rejection in rejections.values():
+        assert rejection.reason == "stream_unavailable"
+        assert "this build of nginx" in rejection.message
+        assert "has no stream Lua module" in rejection.message
+    assert "a.conf" in nginx.files, "all else is served"
+    assert set(nginx.membership.upstreams) == {"a/", "raw/", "tcp/5432"}
+
+
+def test_where_there_is_stream_lua_nothing_is_rejected(nginx):
+    nginx.features = frozenset({"stream"})
+    with running(nginx) as rig:
+        settle(rig, unopened())
+        assert rig.fleet.rejections() == ()
+
+
+def test_a_refused_tcp_port_is_put_apart_under_its_own_name(nginx):
+    nginx.refuse_site = refuses("TCP port 5432.conf")
+    wanted = unopened()
+    with running(nginx) as rig:
+        rig.renderer.tcp = True
+        settle(rig, wanted)
+        (subject,) = [
+            item.subject for item in rig.fleet.rejections() if item.reason == "host_quarantined"
+        ]
+    assert subject == "TCP port 5432"
+    assert "a.conf" in nginx.files
+
+
+def test_the_site_waits_until_the_upstreams_of_tcp_ports_are_there(nginx):
+    with running(nginx) as rig:
+        settle(rig, unopened())
+    names = nginx.names()
+    first_push = min(names.index(name) for name in ("put", "patch") if name in names)
+    assert first_push < names.index("site")

@@ -350,6 +350,15 @@ def test_health_checks(text, check):
     assert the_policy(health_check=text).check == check
 
 
+def test_a_health_check_speaks_what_the_peers_do():
+    policy = the_policy(health_check="/ping", ssl_backend="true")
+    assert policy.check == Check(CheckKind.HTTP, path="/ping", tls=True)
+    assert the_policy(health_check="tcp", ssl_backend="true").check == Check(CheckKind.TCP)
+    asked = {"protocol": "grpc", "health_check": "/ping", "health_check_fall": "9"}
+    assert read(**asked).routes[0].policy.check == Check(CheckKind.TCP, fall=9)
+    assert the_note(**asked).reason == "label_ignored"
+
+
 @pytest.mark.parametrize(
     "text",
     [

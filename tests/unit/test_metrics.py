@@ -20,7 +20,7 @@ def used() -> Metrics:
     metrics.instances_from(lambda: [InstanceSeries("nginx.1", 7, "ab" * 32, True, 999.0)])
     metrics.applied("membership", 0.004)
     metrics.push("nginx.1", "delta", "ok")
-    metrics.reload("nginx.1", "ok")
+    metrics.reload("nginx.1", "ok", 0.25)
     metrics.settings_reload("ok")
     metrics.loop_error("source")
     metrics.desired(

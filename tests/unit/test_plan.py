@@ -7,11 +7,13 @@ from dataclasses import replace
 import pytest
 from openresty_fake import FakeOpenResty, FakeRenderer, desired, site, upstream
 
+from agent.driver.openresty import Build
 from agent.driver.targets import Target
 from agent.model import Algorithm, Desired, Host, Location, Membership, Policy, Site, TcpRoute
 from agent.plan import InstancePlan, Running, _with_lingering, plan
 
 TARGET = Target(id="x", name="nginx.1", urls=("http://x",))
+BUILD = Build(nginx_version=1022001)
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def planned(nginx: FakeOpenResty, wanted: Desired, **state: object) -> InstanceP
 def runs(nginx: FakeOpenResty, site: Site, *membership: str) -> None:
     """Let it run this site with these upstreams, empty but for "a/"."""
     renderer = FakeRenderer()
-    nginx.files = dict(renderer.render(site, 1022001).files)
+    nginx.files = dict(renderer.render(site, BUILD).files)
     nginx.generation = renderer.generation(nginx.files)
     nginx.membership = Membership(
         {name: upstream(name, *(("10.0.0.1",) if name == "a/" else ())) for name in membership}
@@ -68,7 +70,7 @@ def test_an_instance_in_step_would_get_nothing(nginx):
     wanted = desired({"a": ("10.0.0.1",)})
     renderer = FakeRenderer()
     nginx.membership = wanted.membership
-    nginx.generation = renderer.generation(renderer.render(wanted.site, 1022001).files)
+    nginx.generation = renderer.generation(renderer.render(wanted.site, BUILD).files)
     assert not planned(nginx, wanted).changes
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from clusters import GOLDEN, check_golden, settings
@@ -20,7 +21,17 @@ from nginx_syntax import Directive, parse
 
 from agent.config.settings import Settings
 from agent.errors import RenderError
-from agent.model import Host, Location, Protocol, Redirect, Site, Tls
+from agent.model import (
+    BackendTls,
+    Host,
+    Location,
+    Protocol,
+    Redirect,
+    Site,
+    TcpRoute,
+    Tls,
+    VerifyClient,
+)
 from agent.render import (
     Capabilities,
     file_name,
@@ -35,11 +46,13 @@ from agent.render import directive as raw_directive
 DEFAULTS = settings()
 OLD = Capabilities(nginx_version=1_022_001)
 NEW = Capabilities(nginx_version=1_031_001)
+STREAM = Capabilities(nginx_version=1_031_001, features=frozenset({"stream"}))
+OLD_STREAM = Capabilities(nginx_version=1_022_001, features=frozenset({"stream"}))
 CERTIFICATE = Tls("/certs/shop.pem", "/certs/shop.key")
 REPOSITORY = Path(__file__).parents[2]
 
 
-def location(host: str, path: str = "/", **options: bool) -> Location:
+def location(host: str, path: str = "/", **options: Any) -> Location:
     return Location(path=path, upstream=host + path, **options)
 
 
@@ -91,7 +104,41 @@ FRONT = Site(
     default=(Location("/", "default/"), Location("/legacy", "default/legacy", rewrite=True)),
 )
 EVERYTHING = Site((plain("*.dev.example.com"), ONLY_PATHS, SHOP))
+UNOPENED = Site(
+    (
+        Host("*.raw.example.com", ("default",), (), passthrough="*.raw.example.com/"),
+        Host("bank.example.com", (), (), passthrough="bank.example.com/"),
+        SHOP,
+    ),
+    tcp=(TcpRoute(1883, "tcp/1883"), TcpRoute(5432, "tcp/5432")),
+)
 
+SECURE = Host(
+    name="secure.example.com",
+    aliases=(),
+    locations=(
+        location("secure.example.com", "/", backend_tls=BackendTls()),
+        location(
+            "secure.example.com",
+            "/pay",
+            rewrite=True,
+            backend_tls=BackendTls(
+                verify=True,
+                ca="/certs/ca.pem",
+                name="pay.internal",
+                certificate="/certs/us.pem",
+                key="/certs/us.key",
+            ),
+        ),
+    ),
+    tls=Tls(
+        "/certs/secure.pem",
+        "/certs/secure.key",
+        verify_client=VerifyClient.REQUIRED,
+        client_ca="/certs/clients.pem",
+        hsts="max-age=31536000",
+    ),
+)
 CASES: dict[str, tuple[Site, Settings, Capabilities]] = {
     "empty": (Site(()), DEFAULTS, OLD),
     "plain": (Site((plain(),)), DEFAULTS, OLD),
@@ -113,6 +160,13 @@ CASES: dict[str, tuple[Site, Settings, Capabilities]] = {
         ),
         NEW,
     ),
+    "tls-both-legs": (Site((SECURE,)), DEFAULTS, OLD),
+    "http3": (
+        Site((plain(tls=CERTIFICATE),)),
+        settings(http3=True, ssl_stapling=False),
+        Capabilities(1_031_001, frozenset({"http_v3"})),
+    ),
+    "http3-unavailable": (Site((plain(tls=CERTIFICATE),)), settings(http3=True), NEW),
     "front": (FRONT, DEFAULTS, OLD),
     "front-other-settings": (
         FRONT,
@@ -139,6 +193,10 @@ CASES: dict[str, tuple[Site, Settings, Capabilities]] = {
     ),
     "proxy-protocol-of-anybody": (Site((plain(),)), settings(proxy_protocol=True), OLD),
     "tls-off": (EVERYTHING, settings(ssl_port=0), OLD),
+    "stream": (UNOPENED, settings(ssl_port=8443, listen_ipv6=True), STREAM),
+    "stream-before-http2-directive": (UNOPENED, DEFAULTS, OLD_STREAM),
+    "stream-missing": (UNOPENED, DEFAULTS, OLD),
+    "stream-tls-off": (UNOPENED, settings(ssl_port=0), STREAM),
 }
 
 
@@ -205,6 +263,65 @@ def test_a_rewritten_context_root_is_taken_off_and_told():
     ]
 
 
+def test_a_host_whose_clients_must_show_a_certificate_has_no_plain_way_round():
+    def plain_locations(**options: object) -> list[Directive]:
+        text = render(Site((SECURE,)), settings(**options), OLD)["secure.example.com.conf"]
+        block = parse(text)[0].block
+        assert block is not None
+        public = [item for item in block if item.words[0] == "location"]
+        return [item for item in public if not item.words[1].startswith("@")]
+
+    for options, said in (
+        ({}, ("return", "308", "https://$host$request_uri")),
+        ({"ssl_port": 0}, ("return", "403")),
+    ):
+        found = plain_locations(**options)
+        assert len(found) == 3
+        assert {item.block for item in found} == {(Directive(said),)}
+
+
+def test_identities_towards_peers_have_upstreams_of_their_own_each_once():
+    one, two = BackendTls(name="one"), BackendTls(verify=True, name="one")
+    hosts = tuple(
+        Host(
+            name,
+            (),
+            (location(name, "/", backend_tls=one), location(name, "/x", backend_tls=two)),
+        )
+        for name in ("a.example.com", "b.example.com")
+    )
+    text = render(Site(hosts), DEFAULTS, OLD)["00-default.conf"]
+    blocks = [item.words[1] for item in parse(text) if item.words[0] == "upstream"]
+    expected = {one.identity("a.example.com"), two.identity("b.example.com")}
+    assert blocks == sorted(f"tidegate_tls_{item}" for item in expected)
+
+
+def test_an_identity_is_all_that_decides_what_a_connection_is():
+    base = BackendTls(verify=True, ca="/ca", name="n", certificate="/c", key="/k")
+    others = [
+        replace(base, verify=False),
+        replace(base, ca="/other"),
+        replace(base, name="other"),
+        replace(base, certificate="/other"),
+        replace(base, key="/other"),
+        BackendTls(),
+        BackendTls(name="b.test"),
+    ]
+    identities = [item.identity("a.test") for item in (base, *others)]
+    assert len(set(identities)) == len(identities)
+    assert BackendTls(name="a.test").identity("b.test") == BackendTls().identity("a.test")
+    assert BackendTls().server_name("*.a.test") == BackendTls().server_name("") == ""
+
+
+def test_connections_with_a_name_per_request_are_not_kept():
+    wild = Host("*.a.test", (), (location("a.test", "/", backend_tls=BackendTls()),))
+    for caps, said in ((OLD, False), (Capabilities(1_029_007), True)):
+        text = render(Site((wild,)), DEFAULTS, caps)["00-default.conf"]
+        assert ("keepalive 0;" in text) == said
+        assert "keepalive 32" not in text
+    assert "proxy_ssl_name $host;" in render(Site((wild,)), DEFAULTS, OLD)["_wildcard.a.test.conf"]
+
+
 @pytest.mark.parametrize(("port", "shown"), [(443, ""), (8443, ":8443")])
 def test_plain_http_is_redirected_where_only_tls_is_wanted(port, shown):
     text = render(Site((SHOP,)), settings(ssl_port=port), OLD)["shop.example.com.conf"]
@@ -244,8 +361,8 @@ def test_haproxys_time_outs_certificate_and_nginxs_dh_parameters_are_rendered():
         "proxy_send_timeout 1500ms;",
         "proxy_read_timeout 1500ms;",
         "send_timeout 10000ms;",
-        'ssl_certificate "/ssl/all.pem";',
-        'ssl_certificate_key "/ssl/all.pem";',
+        'certificate = "/ssl/all.pem",',
+        'key = "/ssl/all.pem",',
     ):
         assert directive in haproxy
     assert 'ssl_dhparam "/dh.pem";' in common(DHParam=True, DHParamPath="/dh.pem")
@@ -337,6 +454,30 @@ def test_more_or_less_than_one_directive_is_not_written(text):
         raw_directive(text)
     with pytest.raises(RenderError):
         render(Site((Host("a", (), (Location("/", "a/", directives=(text,)),)),)), DEFAULTS, OLD)
+
+
+def test_a_build_without_stream_lua_gets_nothing_for_it():
+    files = render(UNOPENED, DEFAULTS, OLD)
+    assert not [name for name in files if name.endswith(".stream")]
+    assert not any("tls.inc" in text or "proxy_protocol" in text for text in files.values())
+
+
+def test_without_passthrough_the_tls_port_is_nginx_s_own():
+    files = render(EVERYTHING, DEFAULTS, STREAM)
+    assert "passthrough.stream" not in files
+    assert "listen 443 ssl;" in files["shop.example.com.conf"]
+
+
+def test_a_host_that_is_passed_on_unopened_has_no_tls_here():
+    host = Host("a.example.com", (), (), tls=CERTIFICATE, passthrough="a.example.com/")
+    assert CERTIFICATE.key not in render(Site((host,)), DEFAULTS, STREAM)["a.example.com.conf"]
+    assert CERTIFICATE.key in render(Site((host,)), DEFAULTS, OLD)["a.example.com.conf"]
+
+
+def test_a_file_of_a_tcp_port_is_known_as_its():
+    assert hosts_of_files(Site((), tcp=(TcpRoute(5432, "tcp/5432"),))) == {
+        "tcp-5432.stream": "TCP port 5432"
+    }
 
 
 # --- templates of the operator
@@ -538,6 +679,27 @@ def wait_for(port: int) -> None:
             return
 
 
+SERVES_FILES = """
+map "" $tidegate_certificate { default ""; }
+init_by_lua_block {
+    local ssl = require "ngx.ssl"
+    local function content(path)
+        local file = io.open(path)
+        local text = file:read("*a")
+        file:close()
+        return text
+    end
+    package.loaded["tidegate.certificates"] = {
+        serve = function(options)
+            assert(ssl.set_cert(ssl.parse_pem_cert(content(options.certificate))))
+            assert(ssl.set_priv_key(ssl.parse_pem_priv_key(content(options.key))))
+        end,
+    }
+}
+"""
+"""In the place of our Lua: certificates as they lie there."""
+
+
 @pytest.fixture
 def routed(tmp_path, certificates, require, free_port, backend) -> Iterator[tuple[int, int]]:
     """Plain and TLS port of an nginx that serves SHOP and ONLY_PATHS from one plain backend."""
@@ -552,15 +714,17 @@ def routed(tmp_path, certificates, require, free_port, backend) -> Iterator[tupl
     (tmp_path / "site").mkdir()
     for name, text in files.items():
         (tmp_path / "site" / name).write_text(text)
+    modules = "".join(f'load_module "{path}";\n' for path in LUA_MODULES if path.exists())
     temp = "".join(
         f'{kind}_temp_path "{tmp_path}/{kind}";\n'
         for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
     (tmp_path / "nginx.conf").write_text(
-        f'daemon off;\nmaster_process off;\npid "{tmp_path}/pid";\n'
+        f'{modules}daemon off;\nmaster_process off;\npid "{tmp_path}/pid";\n'
         f'error_log "{tmp_path}/error.log";\nevents {{}}\n'
         f"http {{ {temp} access_log off; server_names_hash_bucket_size 512;\n"
-        f"upstream tidegate {{ server 127.0.0.1:{backend}; }}\ninclude site/*.conf; }}\n"
+        f"upstream tidegate {{ server 127.0.0.1:{backend}; }}\n{SERVES_FILES}\n"
+        "include site/*.conf; }\n"
     )
     with subprocess.Popen(
         [NGINX, "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")]

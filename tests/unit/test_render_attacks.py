@@ -16,14 +16,25 @@ from clusters import instance, labels, service, settings, snapshot
 from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from nginx_syntax import Directive, Odd, parse
+from nginx_syntax import Directive, Odd, lua, parse
 
 from agent.compile import compile_snapshot
 from agent.config.settings import Extension, Settings
 from agent.errors import RenderError
 from agent.labels.names import LISTS
 from agent.labels.names import OPTIONS as LABELS
-from agent.model import Desired, Host, Location, Policy, Protocol, Redirect, Site, Tls
+from agent.model import (
+    BackendTls,
+    Desired,
+    Host,
+    Location,
+    Policy,
+    Protocol,
+    Redirect,
+    Site,
+    Tls,
+    VerifyClient,
+)
 from agent.render import DEFAULT_FILE, Capabilities, file_name, render
 
 OPTIONS = settings(ssl_default_cert="default.pem")
@@ -118,12 +129,28 @@ def intended(host: Host) -> tuple[Directive, ...]:
     return tuple(servers)
 
 
+def served(names: list[str], certificate: str, key: str) -> list[Directive]:
+    """How a server gets its certificate: from Lua, in whose code the values are strings."""
+    code = 'package.loaded["tidegate.certificates"].serve({ names = { '
+    words = [*lua(code), *(word for name in names for word in (f'"{name}', ","))]
+    words += [*lua("}, certificate = "), f'"{certificate}', *lua(", key = "), f'"{key}']
+    words += lua(", staple = true, })")
+    return [
+        directive("ssl_certificate", "$tidegate_certificate"),
+        directive("ssl_certificate_key", "$tidegate_certificate"),
+        directive("ssl_certificate_by_lua_block", *words),
+    ]
+
+
 def _server(host: Host, *, secure: bool) -> Directive:
     found = [directive("listen", "443", "ssl", "http2") if secure else directive("listen", "80")]
     if secure:
         assert host.tls is not None
-        found.append(directive("ssl_certificate", host.tls.certificate))
-        found.append(directive("ssl_certificate_key", host.tls.key))
+        found += served([host.name, *host.aliases], host.tls.certificate, host.tls.key)
+        if host.tls.hsts:
+            found.append(
+                directive("add_header", "Strict-Transport-Security", host.tls.hsts, "always")
+            )
     found.append(directive("server_name", host.name, *host.aliases))
     found.append(directive("absolute_redirect", "off"))
     found.append(directive("include", "conf.d/server.inc"))
@@ -367,6 +394,34 @@ def test_quoting_holds_even_where_nothing_was_checked_before(text):
     except RenderError:
         return
     assert parse(files["a.example.com.conf"]) == intended(host)
+
+
+@pytest.mark.parametrize("trick", TRICKS, ids=ascii)
+def test_no_value_of_tls_means_anything_but_itself(trick):
+    """Paths and names are strings of Lua or words of nginx; what can be neither is refused."""
+    ca, client_ca, certificate, key = (f"/{what}{trick}" for what in ("ca", "cc", "cert", "key"))
+    tls = BackendTls(verify=True, ca=ca, name=f"n{trick}", certificate=certificate, key=key)
+    host = Host(
+        name="a.example.com",
+        aliases=(),
+        locations=(Location("/", "a.example.com/", backend_tls=tls),),
+        tls=Tls(certificate, key, VerifyClient.REQUIRED, client_ca, hsts=f"h{trick}"),
+    )
+    try:
+        files = render(Site((host,)), OPTIONS, CAPS)
+    except RenderError:
+        return
+    _, secure = parse(files["a.example.com.conf"])
+    shared = [item for item in parse(files[DEFAULT_FILE]) if item.words[0] == "upstream"]
+    assert len(shared) == 1
+    told = [word for item in shared[0].block or () for word in item.words]
+    assert {f'"{ca}', f'"{certificate}', f'"{key}'} <= set(told)
+    front = [item.words for item in secure.block or ()]
+    assert ("add_header", "Strict-Transport-Security", f"h{trick}", "always") in front
+    served = next(words for words in front if words[0] == "ssl_certificate_by_lua_block")
+    assert {f'"{client_ca}', f'"{certificate}', f'"{key}'} <= set(served)
+    location = next(item for item in secure.block or () if item.words == ("location", "/"))
+    assert Directive(("proxy_ssl_name", f"n{trick}")) in (location.block or ())
 
 
 def front(text: str) -> Site:

@@ -336,6 +336,25 @@ def test_a_key_that_is_marked_as_not_used_says_so_when_it_is_used():
             assert said == f"c: Extensions[0].{key.name} is not used: {key.text}"
 
 
+def test_what_labels_may_do_is_a_setting():
+    read = settings(
+        'ServiceClusters = ["east", ""]\nHostnameFallback = true\n[[Extensions]]\n'
+        'SSLSecretPath = "/secrets"\nHSTS = "max-age=300; includeSubDomains"\n'
+        'AllowedDirectives = ["proxy_buffering"]'
+    )
+    assert read.service_clusters == ("east", "")
+    assert read.hostname_fallback is True
+    assert read.extension.secret_path("a") == "/secrets/a"
+    assert read.extension.hsts == "max-age=300; includeSubDomains"
+    assert read.extension.allowed_directives == ("proxy_buffering",)
+    assert settings('[[Extensions]]\nHSTS = "off"').extension.hsts == "off"
+
+
+@pytest.mark.parametrize("text", ["on", "max-age", "max-age=1\\nX: y", "max-age=1; evil"])
+def test_a_header_that_is_no_hsts_is_refused(text):
+    assert "HSTS" in problem(f'[[Extensions]]\nHSTS = "{text}"')
+
+
 # --- Interlock 2 and 3
 
 INTERLOCK_2S_KEYS = {
@@ -515,22 +534,3 @@ def test_the_proxy_protocol_without_trusted_proxies_is_told():
 def test_settings_for_connections_of_clients_are_checked(line):
     with pytest.raises(SettingsError):
         load(f"[[Extensions]]\n{line}", where="c")
-
-
-def test_what_labels_may_do_is_a_setting():
-    read = settings(
-        'ServiceClusters = ["east", ""]\nHostnameFallback = true\n[[Extensions]]\n'
-        'SSLSecretPath = "/secrets"\nHSTS = "max-age=300; includeSubDomains"\n'
-        'AllowedDirectives = ["proxy_buffering"]'
-    )
-    assert read.service_clusters == ("east", "")
-    assert read.hostname_fallback is True
-    assert read.extension.secret_path("a") == "/secrets/a"
-    assert read.extension.hsts == "max-age=300; includeSubDomains"
-    assert read.extension.allowed_directives == ("proxy_buffering",)
-    assert settings('[[Extensions]]\nHSTS = "off"').extension.hsts == "off"
-
-
-@pytest.mark.parametrize("text", ["on", "max-age", "max-age=1\\nX: y", "max-age=1; evil"])
-def test_a_header_that_is_no_hsts_is_refused(text):
-    assert "HSTS" in problem(f'[[Extensions]]\nHSTS = "{text}"')

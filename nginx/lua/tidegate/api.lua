@@ -7,11 +7,13 @@ local certificates = require "tidegate.certificates"
 local codec = require "tidegate.codec"
 local json = require "tidegate.json"
 local lease = require "tidegate.lease"
+local live = require "tidegate.live"
 local metrics = require "tidegate.metrics"
 local persist = require "tidegate.persist"
 local posix = require "tidegate.posix"
 local probe = require "tidegate.probe"
 local process = require "ngx.process"
+local records = require "tidegate.records"
 local site = require "tidegate.site"
 local store = require "tidegate.store"
 local wire = require "tidegate.wire"
@@ -171,6 +173,19 @@ local function take_lease(writer)
 end
 
 
+-- What this build can do that not every build can; a part that works has noted it itself.
+local function features()
+    local list = json.array()
+    for index, name in ipairs(settings.features) do
+        list[index] = name
+    end
+    if ctl:get("stream") then
+        list[#list + 1] = "stream"
+    end
+    return list
+end
+
+
 local function get_status()
     local summary = store.summary()
     local writer, expires_in = lease.holder()
@@ -194,7 +209,7 @@ local function get_status()
             ngx_lua = floor(lua / 1000000) .. "." .. floor(lua / 1000) % 1000 .. "." .. lua % 1000,
         },
         nginx_version = version,
-        features = json.array(settings.features),
+        features = features(),
         certificates_serial = certificates.serial(),
         workers = ngx.worker.count(),
         master_pid = process.get_master_pid(),
@@ -215,7 +230,7 @@ local function get_membership()
         local blob = store.get(name)
         if blob then
             local part = (first and "" or ",") .. json.quote(name) .. ":"
-                .. wire.show_upstream(codec.decode(blob))
+                .. wire.show_upstream(name, codec.decode(blob))
             first = false
             parts[#parts + 1] = part
             size = size + #part
@@ -250,7 +265,7 @@ local function get_upstream(name)
     if not blob then
         return refuse(404, "not_found", "there is no upstream " .. name)
     end
-    return send(200, wire.show_upstream(codec.decode(blob)))
+    return send(200, wire.show_upstream(name, codec.decode(blob)))
 end
 
 
@@ -342,12 +357,21 @@ local function push_membership(full)
     })
     ngx.eof()
     metrics.forget(result.removed_names)
+    records.forget(result.removed_names)
 end
 
 
 local function get_site()
     local generation, files = site.files()
     return send(200, { generation = generation, files = files })
+end
+
+
+-- Whether a file of a site may have this name: `.stream` is for nginx's stream part.
+local function is_file_name(name)
+    return type(name) == "string" and #name <= 255
+        and (find(name, "^[a-z0-9_][a-z0-9._-]*%.conf$")
+             or find(name, "^[a-z0-9_][a-z0-9._-]*%.stream$")) ~= nil
 end
 
 
@@ -366,12 +390,11 @@ local function put_site()
     else
         for name, text in pairs(body.files) do
             local shown = tostring(name)
-            if type(name) ~= "string" or #name > 255
-                    or not find(name, "^[a-z0-9_][a-z0-9._-]*%.conf$") then
+            if not is_file_name(name) then
                 errors[#errors + 1] = {
                     field = "files",
                     message = "has the name " .. sub(shown, 1, 80)
-                        .. "; expected [a-z0-9_][a-z0-9._-]*.conf",
+                        .. "; expected [a-z0-9_][a-z0-9._-]*.conf or .stream",
                 }
             elseif type(text) ~= "string" or find(text, "%z") then
                 errors[#errors + 1] = { field = "files." .. shown, message = "expected text" }
@@ -449,6 +472,7 @@ local function get_metrics()
     ngx.header["Content-Type"] = "text/plain; version=0.0.4; charset=utf-8"
     metrics.print({
         generation = site.generation(),
+        counts = live.counts,
         nginx = {
             active = ngx.var.connections_active,
             reading = ngx.var.connections_reading,

@@ -1,76 +1,89 @@
 --- Picks the peer for a request: all that Tidegate does on the path of every request.
 --
 -- Why: one read of the upstream's name, one of its version number; all else is this worker's own
--- memory until that number changes. Nothing here waits; a request that finds no peer fails over
--- to `tidegate.hold`.
+-- memory until that number changes. Which peer it is says `tidegate.selection`, which ones can be
+-- sent to `tidegate.health`. Nothing here waits; a request that finds no peer fails over to
+-- `tidegate.hold`.
 
+local attempts = require "tidegate.attempts"
 local balancer = require "ngx.balancer"
+local canaries = require "tidegate.canary"
+local circuit = require "tidegate.circuit"
 local codec = require "tidegate.codec"
+local ffi = require "ffi"
+local get_request = require("resty.core.base").get_request
+local health = require "tidegate.health"
+local load = require "tidegate.load"
 local metrics = require "tidegate.metrics"
-local pickers = require "tidegate.pickers"
+local peers = require "tidegate.peers"
 local policies = require "tidegate.policy"
+local queue = require "tidegate.queue"
+local retry = require "tidegate.retry"
+local selection = require "tidegate.selection"
+local sticky = require "tidegate.sticky"
 local store = require "tidegate.store"
 
 local ptr = ngx.shared.tidegate_ptr
 
 local begin = metrics.begin
+local cast = ffi.cast
 local exit = ngx.exit
-local find = string.find
 local get_last_failure = balancer.get_last_failure
-local gmatch = string.gmatch
-local gsub = string.gsub
-local min = math.min
+local host_of = peers.host
+local look = health.look
+local match = string.match
+local ngx = ngx
+local note_end = health.note_end
 local now = ngx.now
 local pairs = pairs
+local select_peer = selection.select
 local set_current_peer = balancer.set_current_peer
 local set_more_tries = balancer.set_more_tries
+local set_timeouts = balancer.set_timeouts
+local tonumber = tonumber
+local uintptr = ffi.typeof("uintptr_t")
 local var = ngx.var
 
 local ERROR = ngx.ERROR
-local MAX_TRIES = 5
-local DRAIN_GRACE = 1.5     -- a task gets its SIGTERM 2 to 3 s after it is seen draining
-local EJECTION = 1
-local MAX_EJECTION = 8
-local FORGIVEN = 30         -- seconds after which an ejection's length starts anew
+local FULL = selection.FULL
 
 local _M = {}
 
 local known = {}            -- upstream name → what this worker has made of its version
-local ejected = {}          -- "address:port" → {at, until_, length} in this worker
-local ejections = 0
+local origins = {}          -- request that went to a canary → name of the upstream it came from
 
 
 -- What the worker needs of a version; `blob` keeps the records alive.
 local function open(name, blob, number, before)
-    local head, peers = codec.head(blob), codec.peers(blob)
-    local policy = policies.parse(codec.policy(blob, head))
+    local head = codec.head(blob)
     local candidates = head.up + head.draining
     if head.hold == 0 then
         candidates = candidates + head.probing
     end
-    local tries = min(candidates, MAX_TRIES)
-    return {
+    local policy = policies.parse(codec.policy(blob, head))
+    local upstream = {
         name = name,
         number = number,
         blob = blob,
-        peers = peers,
+        head = head,
+        peers = codec.peers(blob),
         up = head.up,
         draining = head.draining,
         probing = head.probing,
         hold = head.hold,
+        uniform = head.uniform == 1,
         policy = policy,
-        tries = tries > 1 and tries,
         hosts = {},
-        accepting = {},     -- index of a draining peer → until when it may be sent to anyhow
         stats = metrics.of(name),
-        picker = pickers.new(policy.algorithm, {
-            policy = policy,
-            peers = peers,
-            count = head.up,
-            uniform = head.uniform == 1,
-            total_weight = head.total_weight,
-        }, before and before.picker),
+        canary = policy.canary and canaries.new(policy.canary, before and before.canary or nil),
     }
+    local timeouts = policy.timeouts
+    upstream.timeouts = timeouts.connect + timeouts.send + timeouts.read > 0 and timeouts
+    selection.open(upstream, before)
+    health.open(upstream)
+    retry.open(upstream, before, candidates)
+    upstream.special = upstream.timeouts or upstream.budget or upstream.retry_led
+    return upstream
 end
 
 
@@ -93,118 +106,25 @@ local function lookup(name)
 end
 
 
-_M.lookup = lookup
-
-
-local function host_of(upstream, index)
-    local host = upstream.hosts[index]
-    if not host then
-        local peer = upstream.peers[index]
-        host = codec.host(peer.family, peer.address)
-        upstream.hosts[index] = host
+--- Upstream `name` as it is now, with what is known of its peers' health; nil where there is none.
+function _M.lookup(name)
+    local upstream = lookup(name)
+    if upstream then
+        look(upstream)
     end
-    return host
+    return upstream
 end
 
 
-local function key_of(upstream, index)
-    return host_of(upstream, index) .. ":" .. upstream.peers[index].port
-end
-
-
--- Whether this worker keeps away from the peer; a peer that has come up since is a new one.
-local function is_ejected(upstream, index, key, at)
-    local ejection = ejected[key]
-    return ejection ~= nil and at < ejection.until_
-        and upstream.peers[index].since <= ejection.at
-end
-
-
-local function usable(upstream, index, tried, fresh, at)
-    local key = key_of(upstream, index)
-    if tried and tried[key] then
-        return false
-    end
-    return not (fresh and is_ejected(upstream, index, key, at))
-end
-
-
--- The first usable one of the admitted peers in the picker's order, then in any.
-local function find_up(upstream, tried, fresh, at)
-    local count = upstream.up
-    for _ = 1, min(count, 16) do
-        local index = upstream.picker:next()
-        if usable(upstream, index, tried, fresh, at) then
-            return index
-        end
-    end
-    for index = 0, count - 1 do
-        if usable(upstream, index, tried, fresh, at) then
-            return index
-        end
-    end
-    return nil
-end
-
-
--- The same for the peers from `first` on, in turn; those that came into their state before
--- `not_before` only while they are known to accept.
-local function find_other(upstream, first, count, tried, fresh, at, not_before)
-    local start = (upstream.turn or 0) + 1
-    upstream.turn = start
-    for step = 0, count - 1 do
-        local index = first + (start + step) % count
-        if (upstream.peers[index].since > not_before or at < (upstream.accepting[index] or 0))
-                and usable(upstream, index, tried, fresh, at) then
-            return index
-        end
-    end
-    return nil
-end
-
-
--- Any peer, by rank: admitted; draining, which may not be there any more, so where a replacement
--- is expected only for a short time or where `tidegate.last_resort` vouches for it; being probed,
--- where nothing else is to be hoped for. `fresh` leaves out those that have just refused a
--- connection.
-local function choose(upstream, tried, fresh, at)
-    local index
-    if upstream.up > 0 then
-        index = find_up(upstream, tried, fresh, at)
-    end
-    if not index and upstream.draining > 0 then
-        index = find_other(upstream, upstream.up, upstream.draining, tried, fresh, at,
-                           upstream.hold > 0 and at - DRAIN_GRACE or 0)
-    end
-    if not index and upstream.probing > 0 and upstream.hold == 0 then
-        index = find_other(upstream, upstream.up + upstream.draining, upstream.probing, tried,
-                           fresh, at, 0)
-    end
-    return index
-end
-
-
-local function select_peer(upstream, tried)
-    local at = now()
-    return choose(upstream, tried, true, at) or choose(upstream, tried, false, at)
-end
-
-
---- Whether a request to `upstream` could go to a peer that has not just failed here.
-function _M.ready(upstream)
-    return choose(upstream, nil, true, now()) ~= nil
-end
-
-
---- Whether no admitted peer is left that has not just failed here. Unlike `ready` it takes nobody's
--- turn, so that it may be asked before each request.
+--- Whether no admitted peer is left that can be sent to. It takes nobody's turn, so that it may be
+-- asked before each request.
 function _M.is_exhausted(upstream)
-    if upstream.up > 0 and ejections == 0 then
+    if upstream.up > 0 and health.calm(upstream) then
         return false
     end
     local at = now()
     for index = 0, upstream.up - 1 do
-        if not is_ejected(upstream, index, key_of(upstream, index), at) then
+        if health.usable(upstream, index, at) then
             return false
         end
     end
@@ -212,47 +132,8 @@ function _M.is_exhausted(upstream)
 end
 
 
---- The peer whose turn it is, as an index; nil where there is none.
-function _M.pick(upstream)
-    return select_peer(upstream)
-end
-
-
---- Host and port of a peer.
-function _M.address(upstream, index)
-    return host_of(upstream, index), upstream.peers[index].port
-end
-
-
---- Lets requests go to a draining peer until `until_`, however long it has been draining.
-function _M.allow(upstream, index, until_)
-    upstream.accepting[index] = until_
-end
-
-
-local function eject(key)
-    local at, before = now(), ejected[key]
-    if before and at < before.until_ then
-        return
-    end
-    if not before then
-        ejections = ejections + 1
-    end
-    local length = before and at < before.until_ + FORGIVEN
-        and min(before.length * 2, MAX_EJECTION) or EJECTION
-    ejected[key] = { at = at, until_ = at + length, length = length }
-end
-
-
---- Forgets ejections that are long over, and upstreams that are gone.
+--- Forgets upstreams that are gone.
 function _M.sweep()
-    local at = now()
-    for key, ejection in pairs(ejected) do
-        if at > ejection.until_ + FORGIVEN then
-            ejected[key] = nil
-            ejections = ejections - 1
-        end
-    end
     for name in pairs(known) do
         if not store.number(name) then
             known[name] = nil
@@ -261,39 +142,156 @@ function _M.sweep()
 end
 
 
--- The elements of one of nginx's $upstream_… lists since the last internal redirect. While a next
--- peer is asked for, or when there was none, it ends with an empty place for that.
-local function attempts(text)
-    local list = {}
-    for item in gmatch(gsub(gsub(text or "", " : $", ""), "^.* : ", ""), "[^, ]+") do
-        list[#list + 1] = item
-    end
-    return list
+local function current()
+    return tonumber(cast(uintptr, get_request()))
 end
 
 
--- Takes note of the last attempt of this request, if it failed to connect.
--- @return addresses tried since the last internal redirect, as a set
-local function note_failure(name)
-    local peers, times = attempts(var.upstream_addr), attempts(var.upstream_connect_time)
-    local last, tried = #peers, {}
-    for index = 1, last do
-        tried[peers[index]] = true
+-- The canary of `upstream`, if the request is to go there; a session stays where it is.
+local function canary_for(upstream)
+    local canary = upstream.canary
+    local wanted = canaries.asked(canary)
+    if wanted == false or wanted == nil and selection.knows(upstream) then
+        return nil
     end
-    if last > 0 and times[last] == "-" and find(peers[last], ":", 1, true) then
-        eject(peers[last])
-        metrics.add(name, metrics.CONNECT_FAILURES)
+    local other = lookup(canary.upstream)
+    if not other or other.up == 0 then
+        return nil
     end
-    return tried
+    if wanted or selection.knows(other) or canaries.turn(canary) then
+        return other
+    end
+    return nil
 end
 
 
---- Takes note of the failure of the last peer that this request was sent to, where none was asked
--- for after it.
-function _M.note_last_failure(name)
-    if not find(var.upstream_addr or "", " : $") then
-        note_failure(name)
+-- Whether the circuit of `upstream` lets this request through.
+local function admit(upstream)
+    if not upstream.open_until or var.tidegate_trial == "1" then
+        return true
     end
+    local may, trial = circuit.admit(upstream)
+    if trial then
+        var.tidegate_trial = "1"
+    end
+    return may
+end
+
+
+-- The peer for a request to an upstream whose policy asks for more than a turn.
+-- @param tried as for `selection.select`
+-- @return upstream (the canary, where it goes there), index or nil, and why there is none
+local function choose(upstream, tried)
+    if upstream.counted then
+        local before, index = queue.admitted()
+        if before then
+            return before, index
+        elseif upstream.queue > 0 and queue.busy(upstream) then
+            return upstream, nil, FULL
+        end
+    end
+    local canary = upstream.canary and canary_for(upstream)
+    if canary then
+        look(canary)
+        local index = admit(canary) and select_peer(canary, tried, true)
+        if index then
+            origins[current()] = upstream.name
+            canary.stats.ended = true
+            var.tidegate_upstream = canary.name
+            begin(canary.stats)
+            return canary, index
+        end
+    end
+    return upstream, select_peer(upstream, tried)
+end
+
+
+-- A canary's request that failed there goes back to where it came from.
+-- @return that upstream, or nil
+local function go_back()
+    local request = current()
+    local name = origins[request]
+    if not name then
+        return nil
+    end
+    origins[request] = nil
+    var.tidegate_upstream = name
+    return _M.lookup(name)
+end
+
+
+-- The peer for a request that has failed.
+local function choose_again(name, upstream)
+    local made, again = attempts.read(), var.tidegate_again
+    health.note_failure(name, upstream, made)
+    local stats = upstream and upstream.stats
+    if stats and stats.ended then
+        load.finish(true)
+        queue.wake(name)
+    end
+    local asked = upstream or go_back()
+    if not asked or not retry.allowed(asked, made, again ~= "") then
+        return nil
+    end
+    look(asked)
+    local tried = attempts.tried(made, again == "retry" and 1 or made.first,
+                                 tonumber(var.tidegate_failed_at) or 0)
+    local index = select_peer(asked, tried)
+    if not index then
+        asked = go_back()
+        index = asked and select_peer(asked, tried)
+        if not index then
+            return nil
+        end
+    end
+    if asked ~= upstream then
+        begin(asked.stats)
+        if asked.tries then
+            set_more_tries(asked.tries)
+        end
+    end
+    retry.note(name)
+    return asked, index
+end
+
+
+-- What a policy has nginx do, at the first peer of a request or the first one after `hold`.
+-- @param spare upstream whose turn it is when all the canary's peers have failed; nil for none
+local function instruct(upstream, again, spare)
+    if upstream.budget and again ~= "held" and again ~= "retry" then
+        retry.count(upstream)
+    end
+    local timeouts = upstream.timeouts
+    if timeouts then
+        set_timeouts(timeouts.connect > 0 and timeouts.connect or nil,
+                     timeouts.send > 0 and timeouts.send or nil,
+                     timeouts.read > 0 and timeouts.read or nil)
+    end
+    retry.grant(upstream, again ~= "", spare)
+end
+
+
+-- The first peer for a request that is no plain one: its upstream's policy asks for more, some
+-- peers are to be left alone, or it comes from `hold`.
+-- @return upstream, index or nil, and why there is none
+local function choose_first(upstream, before)
+    local again = before and var.tidegate_again or ""
+    if not admit(upstream) then
+        return upstream, nil, "open"
+    elseif upstream.retry_led and again == "" and var.tidegate_streamed ~= "1" then
+        return upstream, nil, "led"
+    end
+    local tried
+    if again ~= "" then
+        local made = attempts.read()
+        tried = attempts.tried(made, again == "retry" and 1 or #made + 1,
+                               tonumber(var.tidegate_failed_at) or now())
+    end
+    local chosen, index, why = choose(upstream, tried)
+    if index then
+        instruct(chosen, again, chosen.name ~= upstream.name and upstream or nil)
+    end
+    return chosen, index, why
 end
 
 
@@ -301,31 +299,30 @@ end
 function _M.balance()
     local name = var.tidegate_upstream
     local upstream = lookup(name)
-    local failure = get_last_failure()
     local index
-    if failure then
-        local tried = note_failure(name)
-        index = upstream and select_peer(upstream, tried)
+    if get_last_failure() then
+        upstream, index = choose_again(name, upstream)
         if not index then
             return exit(ERROR)
         end
-        metrics.add(name, metrics.RETRIES)
     else
+        local why
         if upstream then
-            if upstream.up > 0 and ejections == 0 then
+            local before = begin(upstream.stats)
+            if look(upstream) and upstream.plain and not upstream.special and not before
+                    and not upstream.open_until then
                 index = upstream.picker:next()
+                if upstream.tries then
+                    set_more_tries(upstream.tries)
+                end
             else
-                index = select_peer(upstream)
+                upstream, index, why = choose_first(upstream, before)
             end
-            begin(upstream.stats)
         end
         if not index then
             -- Debian's build has no way to answer 503 from here; `hold` sorts it out.
-            var.tidegate_no_peer = "1"
+            var.tidegate_no_peer = why or "none"
             return exit(ERROR)
-        end
-        if upstream.tries then
-            set_more_tries(upstream.tries)
         end
     end
     local ok, err = set_current_peer(upstream.hosts[index] or host_of(upstream, index),
@@ -333,6 +330,48 @@ function _M.balance()
     if not ok then
         ngx.log(ngx.ERR, "tidegate: upstream ", name, ": ", err)
         return exit(ERROR)
+    end
+end
+
+
+--- Takes note that no peer of upstream `name` has answered the current request.
+-- @return name of the upstream that it belongs to: of a canary's request, where it came from
+function _M.give_up(name)
+    local upstream = known[name]
+    if not upstream then
+        return name
+    end
+    if upstream.session then
+        sticky.unset(upstream)
+    end
+    if upstream.stats.ended then
+        load.finish(true)
+        queue.wake(name)
+        local origin = go_back()
+        return origin and origin.name or name
+    end
+    return name
+end
+
+
+-- Seconds until the head of the answer; nil if there was none.
+local function header_time()
+    return tonumber(match(var.upstream_header_time or "", "[%d.]+$"))
+end
+
+
+--- Body of `log_by_lua`: takes note of the end of a request.
+function _M.log()
+    local stats = metrics.log()
+    local upstream = known[stats.name]
+    if upstream then
+        note_end(upstream, ngx.status)
+    end
+    if stats.ended then
+        load.finish(false, header_time)
+        queue.forget()
+        origins[current()] = nil
+        queue.wake(stats.name)
     end
 end
 

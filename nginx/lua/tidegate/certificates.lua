@@ -47,6 +47,7 @@ local LOCK = "certificates"
 local VERIFY_DEPTH = 5
 local SOON = 14 * 86400     -- seconds before its end at which a certificate is warned of …
 local SHARE = 6             -- … or this part of its life, if that is less
+local SERIALS = 2 ^ 32
 local RELOAD_PAUSE = 10     -- seconds between reloads for changed CAs
 
 local _M = {}
@@ -410,9 +411,11 @@ function _M.report()
 end
 
 
---- A number that changes when anything in the report's problems does.
+--- A number that changes when anything in the report's problems does; 0 before the first look. A
+-- worker that is shutting down reports on the site before, so its number is another.
 function _M.serial()
-    return ctl:get("certificates_serial") or 0
+    local changes = ctl:get("certificates_serial") or 0
+    return changes > 0 and site.load_number() * SERIALS + changes or 0
 end
 
 
@@ -443,13 +446,13 @@ function _M.print_metrics()
         end
     end
     for _, family in ipairs({
-        { "expiry_timestamp_seconds", "When the certificate in use expires.", expiry },
-        { "problem", "What is wrong with a host's or a backend's certificate.", problems },
+        { "certificate_expiry_timestamp_seconds", "gauge", "When the one in use expires.", expiry },
+        { "certificate_problem", "gauge", "What is wrong with a certificate or CA.", problems },
     }) do
-        if family[3][1] then
-            ngx.print("# HELP tidegate_certificate_", family[1], " ", family[2],
-                      "\n# TYPE tidegate_certificate_", family[1], " gauge\n",
-                      concat(family[3], "\n"), "\n")
+        local name, lines = "tidegate_" .. family[1], family[4]
+        if lines[1] then
+            ngx.print("# HELP ", name, " ", family[3], "\n# TYPE ", name, " ", family[2], "\n",
+                      concat(lines, "\n"), "\n")
         end
     end
 end

@@ -4,14 +4,19 @@
 -- replacement is expected (`hold` of the upstream) the request waits and goes on; else it is
 -- answered. None of this costs anything as long as requests succeed.
 
+local attempts = require "tidegate.attempts"
 local balancer = require "tidegate.balancer"
+local circuit = require "tidegate.circuit"
+local health = require "tidegate.health"
 local last_resort = require "tidegate.last_resort"
 local metrics = require "tidegate.metrics"
+local queue = require "tidegate.queue"
+local retry = require "tidegate.retry"
+local selection = require "tidegate.selection"
 
 local get_method = ngx.req.get_method
-local find = string.find
 local gsub = string.gsub
-local max = math.max
+local ipairs = ipairs
 local min = math.min
 local ngx = ngx
 local now = ngx.now
@@ -35,6 +40,9 @@ local IDEMPOTENT = {
     GET = true, HEAD = true, OPTIONS = true, TRACE = true, PUT = true, DELETE = true,
 }
 local REASONS = {
+    [403] = "Forbidden",
+    [404] = "Not Found",
+    [429] = "Too Many Requests",
     [500] = "Internal Server Error",
     [502] = "Bad Gateway",
     [503] = "Service Unavailable",
@@ -78,7 +86,7 @@ local function answer_grpc(status)
 end
 
 
-local function answer(status)
+local function answer(status, retry_after)
     if var.tidegate_grpc == "1" then
         return answer_grpc(status)
     end
@@ -89,7 +97,7 @@ local function answer(status)
     }
     ngx.status = status
     if status == 503 then
-        ngx.header["Retry-After"] = RETRY_AFTER
+        ngx.header["Retry-After"] = retry_after or RETRY_AFTER
     end
     ngx.header["Content-Type"] = "text/html; charset=utf-8"
     ngx.header["Cache-Control"] = "no-store"
@@ -101,8 +109,13 @@ end
 
 
 -- Whether a byte of the request has reached a peer.
-local function was_sent()
-    return find(var.upstream_bytes_sent or "", "[1-9]") ~= nil
+local function was_sent(made)
+    for _, attempt in ipairs(made) do
+        if attempt.sent > 0 then
+            return true
+        end
+    end
+    return false
 end
 
 
@@ -145,9 +158,9 @@ local function is_overdue(upstream, waited)
 end
 
 
--- Waits until a peer can be picked.
+-- Waits until a peer can be picked that is not among the tried.
 -- @return true; or false and whether that was because too many are waiting already
-local function wait(name, started, pause)
+local function wait(name, tried, started, pause)
     if held >= max_held then
         return false, true
     end
@@ -168,7 +181,7 @@ local function wait(name, started, pause)
             break
         end
         local waited = now() - started
-        if pause <= 0 and balancer.ready(upstream) then
+        if pause <= 0 and selection.ready(upstream, tried) then
             found = true
             break
         end
@@ -189,25 +202,66 @@ local function wait(name, started, pause)
 end
 
 
---- Body of `rewrite_by_lua` of a location whose requests can be sent only once: where all peers are
--- known to be away, they wait before they are sent, not after.
-function _M.before()
+-- Waits before the request has been sent to anybody, where all peers are known to be away.
+local function wait_before()
     local name = var.tidegate_upstream
     local upstream = balancer.lookup(name)
     if not upstream or upstream.hold == 0 or not balancer.is_exhausted(upstream) then
         return
     end
     metrics.begin(upstream.stats)
-    local found, refused = wait(name, now(), 0)
+    local found, refused = wait(name, nil, now(), 0)
     metrics.add(name, found and metrics.HELD_RESUMED or refused and metrics.HELD_REFUSED
                 or metrics.HELD_EXPIRED)
 end
 
 
+--- Body of `rewrite_by_lua` of a location whose requests can be sent only once: they wait before
+-- they are sent, not after.
+_M.before = wait_before
+
+
 --- The same for gRPC, where nothing else takes off a context root.
 function _M.before_grpc()
     strip_prefix()
-    _M.before()
+    wait_before()
+end
+
+
+-- Has the request proxied again from here.
+local function go_on(how)
+    var.tidegate_again = how
+    strip_prefix()
+    ngx.status = ngx.HTTP_OK
+end
+
+
+-- All peers have as many requests as they may have.
+local function wait_for_room(name)
+    local admitted, why = queue.wait(name, balancer.lookup)
+    if not admitted then
+        metrics.add(name, why == "expired" and metrics.QUEUE_EXPIRED or metrics.QUEUE_REFUSED)
+        return answer(503)
+    end
+    metrics.add(name, metrics.QUEUE_ADMITTED)
+    return go_on("queued")
+end
+
+
+-- Whether the request is to be sent to another peer at once, where nginx would not: because the
+-- policy of `upstream` says so, or because it has been here before and nginx has but one try then.
+local function may_retry(upstream, made)
+    return (upstream.retry_on or var.tidegate_again ~= "")
+        and selection.ready(upstream, attempts.tried(made, 1, now()))
+        and retry.allowed(upstream, made, true)
+end
+
+
+-- Whether a request that a peer has seen may be sent to `upstream` again when it has waited.
+local function may_repeat(upstream)
+    local on = upstream.retry_on
+    return IDEMPOTENT[get_method()] and upstream.policy.retry.tries ~= 1
+        and (on and on.error or not on and var.tidegate_retry ~= "off")
 end
 
 
@@ -221,34 +275,57 @@ function _M.fail()
     if var.tidegate_unidentified == "1" then
         return answer(502)
     end
-    balancer.note_last_failure(name)
-    local no_peer = var.tidegate_no_peer == "1"
-    local tried = find(var.upstream_addr or "", "%d:%d") ~= nil
-    if status == 500 and not no_peer and not tried then
+    local made, why = attempts.read(), var.tidegate_no_peer
+    local upstream = balancer.lookup(name)
+    if status == 500 and why == "" and #made == 0 then
         return answer(500)
     end
     var.tidegate_no_peer = ""
-    local sent = was_sent()
-    local attempt = tonumber(var.tidegate_attempt) or 0
-    local started = tonumber(var.tidegate_held_since) or now()
-    if attempt == 0 and no_peer then
+    if why == "open" then
+        metrics.add(name, metrics.CIRCUIT_REFUSED)
+        return answer(503, upstream and circuit.retry_after(upstream))
+    elseif why == "led" then
+        return go_on("led")
+    elseif why == "" and not made.asked then
+        health.note_failure(name, upstream, made)
+    end
+    local origin = balancer.give_up(name)
+    if origin ~= name then
+        name, upstream = origin, balancer.lookup(origin)
+    end
+    local repeatable = is_repeatable()
+    if why == selection.FULL then
+        if not repeatable then
+            return answer(503)
+        end
+        return wait_for_room(name)
+    end
+    local attempt, failed_at = tonumber(var.tidegate_attempt) or 0, now()
+    var.tidegate_attempt = attempt + 1
+    var.tidegate_failed_at = failed_at
+    if repeatable and attempt < MAX_ATTEMPTS and upstream and why == "" and not made.asked
+            and may_retry(upstream, made) then
+        retry.note(name)
+        return go_on("retry")
+    end
+    local sent, last = was_sent(made), made[#made]
+    local timed_out = (last and last.status or status) == 504
+    local no_peer, held_since = why == "none", var.tidegate_held_since
+    if no_peer and held_since == "" then
         metrics.add(name, metrics.NO_PEER)
     end
-    local upstream = balancer.lookup(name)
-    local may = is_repeatable() and (not sent or status ~= 504 and IDEMPOTENT[get_method()]
-        and var.tidegate_retry ~= "off")
-    if may and attempt < MAX_ATTEMPTS and upstream and upstream.hold > 0 then
-        var.tidegate_attempt = attempt + 1
+    if repeatable and upstream and upstream.hold > 0 and attempt < MAX_ATTEMPTS
+            and (not sent or not timed_out and may_repeat(upstream)) then
+        local started = tonumber(held_since) or now()
         var.tidegate_held_since = started
-        local pause = no_peer and 0 or 0.005 * 2 ^ max(0, attempt)
-        local found, refused = wait(name, started, pause)
+        local pause = no_peer and 0 or 0.005 * 2 ^ attempt
+        local tried = attempts.tried(made, #made + 1, failed_at)
+        local found, refused = wait(name, tried, started, pause)
         if found then
-            if attempt == 0 then
+            if held_since == "" then
                 metrics.add(name, metrics.HELD_RESUMED)
             end
-            strip_prefix()
-            ngx.status = ngx.HTTP_OK
-            return
+            return go_on("held")
         end
         metrics.add(name, refused and metrics.HELD_REFUSED or metrics.HELD_EXPIRED)
         upstream = balancer.lookup(name)
@@ -256,7 +333,11 @@ function _M.fail()
     if not sent and (no_peer or not upstream or upstream.up == 0) then
         return answer(503)
     end
-    return answer(status == 504 and 504 or 502)
+    if last and last.answered and last.status >= 400 then
+        -- An answer that might have been followed by another one, and was not.
+        return answer(last.status)
+    end
+    return answer(timed_out and 504 or 502)
 end
 
 

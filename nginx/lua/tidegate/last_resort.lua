@@ -4,7 +4,8 @@
 -- a connection tells them apart. It runs in timers, so that a client that leaves does not take
 -- along the answer that others wait for. It sends nothing.
 
-local balancer = require "tidegate.balancer"
+local peers = require "tidegate.peers"
+local selection = require "tidegate.selection"
 
 local min = math.min
 local now = ngx.now
@@ -23,15 +24,15 @@ local function check(premature, upstream, index)
     end
     local socket = tcp()
     socket:settimeout(INTERVAL * 1000)
-    if socket:connect(balancer.address(upstream, index)) then
-        balancer.allow(upstream, index, now() + INTERVAL)
+    if socket:connect(peers.host(upstream, index), upstream.peers[index].port) then
+        selection.allow(upstream, index, now() + INTERVAL)
     end
     socket:close()
 end
 
 
 --- Starts a check of the draining peers, unless the last one is quite new. Those that accept are
--- there for the balancer for a moment.
+-- there to be chosen for a moment.
 function _M.look(upstream)
     local at = now()
     if at < (upstream.next_look or 0) then

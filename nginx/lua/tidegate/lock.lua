@@ -63,6 +63,12 @@ function _M.held(key, token)
 end
 
 
+--- Keeps the lock for longer, if `token` still holds it; gives whether it does.
+function _M.renew(key, token)
+    return dict:get(key) == token and dict:set(key, token, TTL) == true
+end
+
+
 --- Gives the lock back, if `token` still holds it.
 function _M.release(key, token)
     if dict:get(key) == token then

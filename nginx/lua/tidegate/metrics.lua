@@ -7,8 +7,10 @@
 
 local codec = require "tidegate.codec"
 local ffi = require "ffi"
+local load = require "tidegate.load"
 local get_request = require("resty.core.base").get_request
 local store = require "tidegate.store"
+local tcp_metrics = require "tidegate.tcp_metrics"
 
 local ctl = ngx.shared.tidegate_ctl
 local met = ngx.shared.tidegate_metrics
@@ -41,7 +43,9 @@ local METHOD_CLASS = {
     POST = 5, PUT = 5, PATCH = 5, DELETE = 5,
 }
 local BOUNDS = { 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10 }
+local PEER_STATES = { "up", "draining", "probing", "idle", "ejected", "unhealthy" }
 local HELD_RESULTS = { "resumed", "expired", "refused" }
+local QUEUE_RESULTS = { "admitted", "expired", "refused" }
 
 -- Places in the array of counters of one upstream.
 local BUCKETS = 15          -- 0 to 14: method class * 5 + status class
@@ -52,7 +56,17 @@ local CONNECT_FAILURES = SUM + 1
 local RETRIES = SUM + 2
 local NO_PEER = SUM + 3
 local HELD = SUM + 4        -- and the two after it
-local SIZE = HELD + #HELD_RESULTS
+local QUEUE = HELD + #HELD_RESULTS
+local EJECTIONS = QUEUE + #QUEUE_RESULTS
+local CIRCUIT_OPENED = EJECTIONS + 1
+local BUDGET_EXHAUSTED = EJECTIONS + 2
+local RETRY_TOO_LATE = EJECTIONS + 3
+local RETRIED_OK = EJECTIONS + 4
+local RETRIED_FAILED = EJECTIONS + 5
+local CHECKS_OK = EJECTIONS + 6
+local CHECKS_FAILED = EJECTIONS + 7
+local CIRCUIT_REFUSED = EJECTIONS + 8
+local SIZE = EJECTIONS + 9
 local counters_type = ffi.typeof("double[?]")
 
 local INFLIGHT_TTL = 5
@@ -64,6 +78,18 @@ local _M = {
     HELD_RESUMED = HELD,
     HELD_EXPIRED = HELD + 1,
     HELD_REFUSED = HELD + 2,
+    QUEUE_ADMITTED = QUEUE,
+    QUEUE_EXPIRED = QUEUE + 1,
+    QUEUE_REFUSED = QUEUE + 2,
+    EJECTIONS = EJECTIONS,
+    CIRCUIT_OPENED = CIRCUIT_OPENED,
+    CIRCUIT_REFUSED = CIRCUIT_REFUSED,
+    BUDGET_EXHAUSTED = BUDGET_EXHAUSTED,
+    RETRY_TOO_LATE = RETRY_TOO_LATE,
+    RETRIED_OK = RETRIED_OK,
+    RETRIED_FAILED = RETRIED_FAILED,
+    CHECKS_OK = CHECKS_OK,
+    CHECKS_FAILED = CHECKS_FAILED,
 }
 
 local all = {}      -- upstream name → its counters in this worker
@@ -71,7 +97,8 @@ local live = {}     -- address of a request → counters of the upstream it was 
 local direct = false
 
 
---- Counters of upstream `name` in this worker: `{count (array), inflight, dirty}`.
+--- Counters of upstream `name` in this worker: `{name, count (array), inflight, dirty}`; `ended`
+-- once its requests leave something behind that the balancer has to clear away at their end.
 local function of(name)
     local entry = all[name]
     if not entry then
@@ -100,6 +127,7 @@ end
 
 
 --- Notes that the current request is under way to the upstream of `entry`.
+-- @return the entry that it was under way to before, if any
 function _M.begin(entry)
     local request = tonumber(cast(uintptr, get_request()))
     local before = live[request]
@@ -108,6 +136,7 @@ function _M.begin(entry)
     end
     live[request] = entry
     entry.inflight = entry.inflight + 1
+    return before
 end
 
 
@@ -118,6 +147,7 @@ end
 
 
 --- Counts the current request, which has ended.
+-- @return counters of its upstream, as `of` gives them
 function _M.log()
     local request = tonumber(cast(uintptr, get_request()))
     local entry = live[request]
@@ -153,6 +183,7 @@ function _M.log()
     if direct then
         _M.flush()
     end
+    return entry
 end
 
 
@@ -212,6 +243,7 @@ function _M.forget(names)
         for place = 0, SIZE - 1 do
             met:delete(name .. "\1" .. place)
         end
+        tcp_metrics.forget(name)
         store.breathe()
     end
 end
@@ -234,7 +266,8 @@ end
 local function inflight_by_name()
     local sums = {}
     for _, pid in ipairs(inflight:get_keys(0)) do
-        for name, count in gmatch(inflight:get(pid) or "", "(.-)\1(%d+)\2") do
+        local text = tonumber(pid) and inflight:get(pid) or ""
+        for name, count in gmatch(text, "(.-)\1(%d+)\2") do
             sums[name] = (sums[name] or 0) + tonumber(count)
         end
     end
@@ -279,30 +312,52 @@ local function counter_lines(families, name, tag)
     line("upstream_connect_failures_total", tag, CONNECT_FAILURES)
     line("upstream_retries_total", tag, RETRIES)
     line("no_peer_total", tag, NO_PEER)
+    line("ejections_total", tag, EJECTIONS)
+    line("circuit_opened_total", tag, CIRCUIT_OPENED)
+    line("circuit_refused_total", tag, CIRCUIT_REFUSED)
+    line("retries_refused_total", tag .. ',reason="budget"', BUDGET_EXHAUSTED)
+    line("retries_refused_total", tag .. ',reason="timeout"', RETRY_TOO_LATE)
+    line("retried_requests_total", tag .. ',result="ok"', RETRIED_OK)
+    line("retried_requests_total", tag .. ',result="failed"', RETRIED_FAILED)
+    line("checks_total", tag .. ',result="ok"', CHECKS_OK)
+    line("checks_total", tag .. ',result="failed"', CHECKS_FAILED)
     for index, result in ipairs(HELD_RESULTS) do
         line("held_requests_total", tag .. ',result="' .. result .. '"', HELD + index - 1)
+    end
+    for index, result in ipairs(QUEUE_RESULTS) do
+        line("queue_requests_total", tag .. ',result="' .. result .. '"', QUEUE + index - 1)
     end
 end
 
 
 -- One upstream's lines, by family. What is 0 is left out, but for the peers that are up.
-local function upstream_lines(families, name, busy)
+local function upstream_lines(families, name, busy, open, counts_of)
     local tag = 'upstream="' .. label(name) .. '"'
     counter_lines(families, name, tag)
     if busy then
         add_line(families, "requests_in_flight", tag, busy)
     end
+    if open then
+        add_line(families, "tcp_connections_open", tag, open)
+    end
+    tcp_metrics.each(name, function(family, labels, amount)
+        add_line(families, family, tag .. labels, amount)
+    end)
     local blob = name ~= "" and store.get(name)
-    local head = blob and codec.head(blob)
-    if head then
-        local idle = head.count - head.up - head.draining - head.probing
-        add_line(families, "peers", tag .. ',state="up"', head.up)
-        for state, count in pairs({
-            draining = head.draining, probing = head.probing, idle = idle,
-        }) do
-            if count > 0 then
-                add_line(families, "peers", tag .. ',state="' .. state .. '"', count)
+    if blob then
+        local counts, circuit = counts_of(name, blob)
+        for _, state in ipairs(PEER_STATES) do
+            if counts[state] > 0 or state == "up" then
+                add_line(families, "peers", tag .. ',state="' .. state .. '"', counts[state])
             end
+        end
+        if circuit then
+            add_line(families, "circuit_state", tag .. ',state="' .. circuit .. '"', 1)
+        end
+        local queue_cell = codec.head(blob).queue_cell
+        local queued = queue_cell ~= 0 and load.sum(queue_cell) or 0
+        if queued > 0 then
+            add_line(families, "queue_length", tag, queued)
         end
     end
 end
@@ -316,15 +371,28 @@ local UPSTREAM_FAMILIES = {
     { "upstream_retries_total", "counter", "Requests tried again on another peer." },
     { "no_peer_total", "counter", "Times that there was no peer for a request." },
     { "held_requests_total", "counter", "Requests that waited for a peer, by how that ended." },
+    { "queue_length", "gauge", "Requests that wait for a peer with room." },
+    { "queue_requests_total", "counter", "Requests that met only full peers, and how it ended." },
+    { "retried_requests_total", "counter", "Requests sent to more than one peer, by their end." },
+    { "retries_refused_total", "counter", "Retries that the policy's budget or time forbade." },
+    { "ejections_total", "counter", "Peers left alone for some time because requests failed." },
+    { "checks_total", "counter", "Health checks by result." },
+    { "circuit_opened_total", "counter", "Times that the circuit of an upstream has opened." },
+    { "circuit_refused_total", "counter", "Requests answered 503 because the circuit was open." },
+    { "circuit_state", "gauge", "1 for the state of the circuit, where there is one." },
     { "peers", "gauge", "Peers by state; idle ones have weight 0 or another's address." },
 }
+for _, family in ipairs(tcp_metrics.families) do
+    UPSTREAM_FAMILIES[#UPSTREAM_FAMILIES + 1] = family
+end
 
 
 --- Prints all metrics in Prometheus' text format. May yield.
--- @param facts `{generation, nginx = {name = count}}`
+-- @param facts `{generation, counts (of peers by state, and state of the circuit, of an upstream's
+--   name and value), nginx = {name = count}}`
 function _M.print(facts)
     _M.flush()
-    local busy, families = inflight_by_name(), {}
+    local busy, open, families = inflight_by_name(), tcp_metrics.open_by_name(), {}
     for _, family in ipairs(UPSTREAM_FAMILIES) do
         families[family[1]] = {}
     end
@@ -334,7 +402,7 @@ function _M.print(facts)
     end
     table.sort(names)
     for _, name in ipairs(names) do
-        upstream_lines(families, name, busy[name])
+        upstream_lines(families, name, busy[name], open[name], facts.counts)
         store.breathe()
     end
     for _, family in ipairs(UPSTREAM_FAMILIES) do
@@ -362,13 +430,18 @@ function _M.print(facts)
            ctl:get("site_changes") or 0)
     single("site_refusals_total", "counter", "Site changes that were refused.",
            ctl:get("site_refusals") or 0)
+    single("load_cells", "gauge", "Places for counting load that are in use.", load.used())
+    single("load_cells_capacity", "gauge", "Places for counting load.", load.CAPACITY)
     single("workers", "gauge", "Worker processes configured.", ngx.worker.count())
     single("metrics_lost_total", "counter", "Increments lost because their dict is full.",
            ctl:get("metrics_lost") or 0)
+    single("health_lost_total", "counter", "Findings on peers lost because their dict is full.",
+           ctl:get("health_lost") or 0)
     local free, capacity = {}, {}
     for _, item in ipairs({ { "membership", dat }, { "pointers", ngx.shared.tidegate_ptr },
                             { "control", ctl }, { "metrics", met },
-                            { "certificates", certificates } }) do
+                            { "certificates", certificates },
+                            { "health", ngx.shared.tidegate_health } }) do
         free[#free + 1] = 'tidegate_shared_dict_free_bytes{dict="' .. item[1] .. '"} '
             .. number(item[2]:free_space())
         capacity[#capacity + 1] = 'tidegate_shared_dict_capacity_bytes{dict="' .. item[1] .. '"} '

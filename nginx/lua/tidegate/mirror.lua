@@ -5,6 +5,8 @@
 
 local balancer = require "tidegate.balancer"
 local metrics = require "tidegate.metrics"
+local peers = require "tidegate.peers"
+local selection = require "tidegate.selection"
 local set_current_peer = require("ngx.balancer").set_current_peer
 
 local ngx = ngx
@@ -18,11 +20,11 @@ function _M.balance()
     local name = var.tidegate_mirror
     metrics.begin(metrics.of(name))
     local upstream = balancer.lookup(name)
-    local index = upstream and balancer.pick(upstream)
+    local index = upstream and selection.peek(upstream)
     if not index then
         return ngx.exit(ngx.ERROR)
     end
-    local ok, err = set_current_peer(balancer.address(upstream, index))
+    local ok, err = set_current_peer(peers.host(upstream, index), upstream.peers[index].port)
     if not ok then
         ngx.log(ngx.ERR, "tidegate: mirror ", name, ": ", err)
         return ngx.exit(ngx.ERROR)

@@ -124,7 +124,7 @@ local POLICY = object({
         max_age = whole(0, 400 * 86400, 0),
         secure = flag(false),
         http_only = flag(true),
-        same_site = text("^[A-Za-z]+$", "Lax"),
+        same_site = text("^[A-Za-z]*$", "Lax"),
         path = text("^/[^%c; ]*$", "/"),
     }, false),
     slow_start = number(0, MAX_SECONDS, 0),
@@ -148,6 +148,7 @@ local POLICY = object({
         rise = whole(1, 100, 2),
         fall = whole(1, 100, 3),
         status = text(STATUS, "200-399"),
+        tls = flag(false),
     }, false),
     passive = object({
         failures = whole(0, MAX_COUNT, 5),
@@ -257,6 +258,14 @@ function _M.parse(text_)
         cache[text_] = policy
     end
     return policy
+end
+
+
+--- Whether `policy` asks for the requests in flight to be counted, over all workers.
+function _M.counts_load(policy)
+    local algorithm = policy.algorithm
+    return algorithm == "least_conn" or algorithm == "ewma" or policy.max_conns > 0
+        or algorithm == "hash" and policy.hash_balance > 0
 end
 
 

@@ -1,11 +1,16 @@
 --- Connects to new peers, and admits those that accept.
 --
 -- Why: a task is RUNNING before its process listens; a peer that takes no connection yet must not
--- get requests. The worker that applied a push starts at once; should it die, any other one finds
--- the work in the shared dict a second later. Nothing here is needed for requests to go on.
+-- get requests, and where its upstream has an HTTP check, none that does not pass it. The worker
+-- that applied a push starts at once; should it die, any other one finds the work in the shared
+-- dict a second later. Nothing here is needed for requests to go on.
 
+local checks = require "tidegate.checks"
 local codec = require "tidegate.codec"
 local lock = require "tidegate.lock"
+local metrics = require "tidegate.metrics"
+local policies = require "tidegate.policy"
+local records = require "tidegate.records"
 local store = require "tidegate.store"
 
 local ipairs = ipairs
@@ -53,8 +58,30 @@ local function admit(name, peer)
 end
 
 
-local function accepts(peer)
-    local socket = tcp()
+local function check_of(name)
+    local blob = store.get(name)
+    local head = blob and codec.head(blob)
+    local check = head and policies.parse(codec.policy(blob, head)).check
+    return check and check.kind == "http" and check
+end
+
+
+local function passes(job, check)
+    local result = checks.once(job.name, check, job.peer)
+    metrics.add(job.name, result.ok and metrics.CHECKS_OK or metrics.CHECKS_FAILED)
+    if not result.ok then
+        records.refused(job.name, job.peer, result.message)
+    end
+    return result.ok
+end
+
+
+local function accepts(job)
+    local check = check_of(job.name)
+    if check then
+        return passes(job, check)
+    end
+    local socket, peer = tcp(), job.peer
     socket:settimeout(CONNECT_TIMEOUT)
     local ok = socket:connect(codec.host(peer.family, peer.bytes), peer.port)
     socket:close()
@@ -83,7 +110,7 @@ end
 local function run(job)
     local failures = 0
     repeat
-        if accepts(job.peer) then
+        if accepts(job) then
             admit(job.name, job.peer)
             return
         end

@@ -92,6 +92,12 @@ function _M.files()
 end
 
 
+--- Number of the configuration that this process was made from; larger for newer ones.
+function _M.load_number()
+    return load
+end
+
+
 --- The files of the site that the configuration being loaded is made of, name to text.
 function _M.texts()
     local texts = {}
@@ -173,6 +179,7 @@ local function write_test_conf(path, directory)
         end
     end
     replace(settings.state .. "/site/current/*.conf", directory .. "/*.conf")
+    replace(settings.state .. "/site/current/*.stream", directory .. "/*.stream")
     replace('require("tidegate.init").start', 'require("tidegate.init").test')
     replace(settings.run .. "/nginx.pid", path .. ".pid")
     return posix.write(path, text)
@@ -200,6 +207,16 @@ local function explain(output, directory, files)
         end
         refusal.message = gsub(message, " in %S+:%d+$", "")
         return refusal
+    end
+    -- Of a port it says which, but not who asked for it. Those of `.conf` files are everybody's.
+    local port = match(message, "^bind%(%) to %S+:(%d+) failed")
+    for _, name in ipairs(port and sorted_names(files) or {}) do
+        local at = find(name, "%.stream$") and find(files[name], "listen " .. port .. "[ ;]")
+        if at then
+            local _, breaks = gsub(sub(files[name], 1, at), "\n", "")
+            refusal.file, refusal.line = name, breaks + 1
+            return refusal
+        end
     end
     -- Of a certificate or the like nginx says which, but not who asked for it.
     local quoted = match(message, '"([^"]+)"')

@@ -11,7 +11,9 @@
 -- gives it a revision of its own, so that no delta made from anything else is taken.
 
 local codec = require "tidegate.codec"
+local load = require "tidegate.load"
 local lock = require "tidegate.lock"
+local policies = require "tidegate.policy"
 
 local ctl = ngx.shared.tidegate_ctl
 local ptr = ngx.shared.tidegate_ptr
@@ -112,6 +114,50 @@ local function next_number()
 end
 
 
+-- Cells of packed `blob` where its load is counted, as a set.
+local function cells_of(blob)
+    local result, head = {}, codec.head(blob)
+    if head.cell ~= 0 then
+        result[head.cell], result[head.queue_cell] = true, true
+        local peers = codec.peers(blob)
+        for index = 0, head.count - 1 do
+            result[peers[index].cell] = true
+        end
+    end
+    return result
+end
+
+
+-- Gives the upstream and its peers cells to count load in if its policy asks for it; those of the
+-- version before stay.
+local function take_cells(upstream, old)
+    if not policies.counts_load(policies.parse(upstream.policy)) then
+        for _, peer in ipairs(upstream.peers) do
+            peer.cell = 0
+        end
+        return
+    end
+    upstream.cell = old and old.cell ~= 0 and old.cell or load.take()
+    upstream.queue_cell = old and old.queue_cell ~= 0 and old.queue_cell or load.take()
+    for _, peer in ipairs(upstream.peers) do
+        if not peer.cell or peer.cell == 0 then
+            peer.cell = load.take()
+        end
+    end
+end
+
+
+-- Gives back the cells of one packed version that the other one, if any, has not.
+local function give_cells(blob, other)
+    local kept = other and cells_of(other) or {}
+    for cell in pairs(cells_of(blob)) do
+        if not kept[cell] then
+            load.give(cell)
+        end
+    end
+end
+
+
 -- Adds a new version beside the one in force.
 local function stage(entry)
     entry.number = next_number()
@@ -131,6 +177,7 @@ end
 
 
 local function unstage(entry)
+    give_cells(entry.blob, entry.old_blob)
     dat:delete(key_of(entry.name, entry.number))
     if not entry.old_number then
         ptr:delete(entry.name)
@@ -154,6 +201,14 @@ local function recover()
         end
     end
     ctl:incr("names", 1, 0)
+    local wanted = {}
+    for _, name in ipairs(_M.names()) do
+        local blob = _M.get(name)
+        for cell in pairs(blob and cells_of(blob) or {}) do
+            wanted[cell] = true
+        end
+    end
+    load.keep_only(wanted)
     local intended = ctl:get("dirty")
     if intended then
         local peers = 0
@@ -179,6 +234,7 @@ local function flip(entry)
     end
     if entry.old_number then
         dat:delete(key_of(entry.name, entry.old_number))
+        give_cells(entry.old_blob, entry.blob)
     end
 end
 
@@ -219,6 +275,12 @@ local function carry_over(upstream, old, at)
             end
         end
         peer.since = same and before.state == peer.state and before.since or at
+        peer.cell = same and before.cell or 0
+        if same then
+            peer.late = before.late and before.state ~= codec.DRAINING
+        else
+            peer.late = not alone
+        end
     end
 end
 
@@ -240,12 +302,14 @@ local function apply(token, push)
         local old_blob, old_number = _M.get(name)
         local old = old_blob and codec.decode(old_blob)
         carry_over(upstream, old, at)
+        take_cells(upstream, old)
         local blob, probing = codec.encode(upstream)
         upserted = upserted + 1
         peers = peers + #upstream.peers - (old and not full and #old.peers or 0)
         if blob ~= old_blob then
             local entry = {
-                name = name, blob = blob, probing = probing, old_number = old_number,
+                name = name, blob = blob, probing = probing,
+                old_number = old_number, old_blob = old_blob,
             }
             needed = needed + #blob
             if not short and not stage(entry) then
@@ -253,6 +317,8 @@ local function apply(token, push)
             end
             if not short then
                 staged[#staged + 1] = entry
+            else
+                give_cells(blob, old_blob)
             end
         end
         breathe()
@@ -294,7 +360,10 @@ local function apply(token, push)
         renamed = renamed or not entry.old_number
     end
     for _, name in ipairs(removed) do
-        local number = ptr:get(name)
+        local number, blob = ptr:get(name), _M.get(name)
+        if blob then
+            give_cells(blob)
+        end
         ptr:delete(name)
         probes:delete(name)
         if number then
@@ -373,7 +442,7 @@ local function admit(_, name, admitted)
             peer.since = at
         end
     end
-    local entry = { name = name, old_number = number }
+    local entry = { name = name, old_number = number, old_blob = blob }
     entry.blob, entry.probing = codec.encode(upstream)
     if entry.blob ~= blob then
         if not stage(entry) then
@@ -395,6 +464,22 @@ function _M.admit(name, admitted)
 end
 
 
+-- A version from disk as it is to be in force: its cells were another run's, and peers that are
+-- there at a start do not start slowly.
+local function renew(blob, head)
+    local policy = policies.parse(codec.policy(blob, head))
+    if head.cell == 0 and policy.slow_start == 0 then
+        return blob
+    end
+    local upstream = codec.decode(blob)
+    for _, peer in ipairs(upstream.peers) do
+        peer.cell, peer.late = 0, false
+    end
+    take_cells(upstream)
+    return (codec.encode(upstream))
+end
+
+
 --- Puts a membership from disk into the empty dicts.
 -- @param saved `{revision, writer, upstreams = {name = packed}}`
 -- @return number of upstreams, or nil and why
@@ -405,7 +490,7 @@ function _M.load(saved)
         if not head then
             return nil, "the record of upstream " .. name .. " cannot be read"
         end
-        local entry = { name = name, blob = blob, probing = head.probing }
+        local entry = { name = name, blob = renew(blob, head), probing = head.probing }
         local ok, err = stage(entry)
         if not ok then
             return nil, "no room for upstream " .. name .. ": " .. err
@@ -425,6 +510,7 @@ end
 
 --- Empties all: what a failed `load` has left behind.
 function _M.clear()
+    load.keep_only({})
     ptr:flush_all()
     dat:flush_all()
     probes:flush_all()

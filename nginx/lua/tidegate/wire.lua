@@ -5,6 +5,7 @@
 
 local codec = require "tidegate.codec"
 local json = require "tidegate.json"
+local live = require "tidegate.live"
 local pickers = require "tidegate.pickers"
 local policies = require "tidegate.policy"
 local posix = require "tidegate.posix"
@@ -236,7 +237,8 @@ end
 
 --- An upstream and the state of its peers as the API shows it, as JSON text.
 -- There may be 100,000 peers to show, so this is put together by hand.
-function _M.show_upstream(upstream)
+function _M.show_upstream(name, upstream)
+    local policy = policies.parse(upstream.policy)
     sort(upstream.peers, function(a, b) return a.id < b.id end)
     local parts = {}
     for index, peer in ipairs(upstream.peers) do
@@ -245,10 +247,12 @@ function _M.show_upstream(upstream)
             .. '","port":' .. peer.port .. ',"weight":' .. peer.weight
             .. ',"state":"' .. (peer.state == codec.DRAINING and "draining" or "up")
             .. (peer.backup and '","backup":true' or '"')
-            .. ',"live":{"state":"' .. codec.names[peer.state] .. '"}}'
+            .. ',"live":' .. live.peer_json(name, policy, peer) .. "}"
     end
-    return '{"policy":' .. upstream.policy .. ',"hold":'
-        .. json.encode(upstream.hold) .. ',"peers":[' .. concat(parts, ",") .. "]}"
+    local now = live.upstream(name, policy)
+    return '{"policy":' .. upstream.policy .. ',"hold":' .. json.encode(upstream.hold)
+        .. (now and ',"live":' .. json.encode(now) or "")
+        .. ',"peers":[' .. concat(parts, ",") .. "]}"
 end
 
 

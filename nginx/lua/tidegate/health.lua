@@ -1,0 +1,173 @@
+--- Which peers this worker keeps away from, and what it makes of requests that fail.
+--
+-- Why: choosing a peer asks two questions of this module, `usable` and `possible`, and nothing
+-- else; what makes a peer unusable is decided here. Two things do. A peer that has not accepted a
+-- connection is left alone by this worker at once, for a short time. What `records` has, ejections
+-- and checks, counts in all workers, unless too many peers would be out. Must not choose anything.
+
+local attempts = require "tidegate.attempts"
+local circuit = require "tidegate.circuit"
+local metrics = require "tidegate.metrics"
+local peers = require "tidegate.peers"
+local records = require "tidegate.records"
+local retry = require "tidegate.retry"
+
+local key_of = peers.key
+local look = records.look
+local min = math.min
+local now = ngx.now
+local pairs = pairs
+local var = ngx.var
+
+local EJECTION = 1
+local MAX_EJECTION = 8
+local FORGIVEN = 30         -- seconds after which an ejection's length starts anew
+local FAILED = { [502] = true, [503] = true, [504] = true }
+
+local _M = {}
+
+local ejected = {}          -- "address:port" → {at, until_, length} in this worker
+local ejections = 0
+
+
+--- Adds what this module keeps with an opened version.
+function _M.open(upstream)
+    upstream.found = {}
+    records.open(upstream)
+end
+
+
+--- Whether all peers of `upstream` are usable, as far as this worker has looked.
+function _M.calm(upstream)
+    local health = upstream.health
+    return ejections == 0 and not health.ejected and not health.unhealthy
+end
+
+
+local calm = _M.calm
+
+
+--- Looks for news of `upstream`, once per request, and says whether all its peers are usable.
+function _M.look(upstream)
+    look(upstream)
+    return calm(upstream)
+end
+
+
+--- Whether a peer may be sent to at all: also when no other one is usable.
+function _M.possible(upstream, index)
+    local unhealthy = upstream.health.unhealthy
+    return not (unhealthy and unhealthy[index])
+end
+
+
+--- Whether a peer may be sent to at time `at`.
+function _M.usable(upstream, index, at)
+    local health = upstream.health
+    if health.ejected and health.ejected[index] or health.unhealthy and health.unhealthy[index] then
+        return false
+    end
+    if ejections == 0 then
+        return true
+    end
+    local ejection = ejected[key_of(upstream, index)]
+    -- A peer that has come up since is a new one.
+    return ejection == nil or at >= ejection.until_ or upstream.peers[index].since > ejection.at
+end
+
+
+local function eject(key)
+    local at, before = now(), ejected[key]
+    if before and at < before.until_ then
+        return
+    end
+    if not before then
+        ejections = ejections + 1
+    end
+    local length = before and at < before.until_ + FORGIVEN
+        and min(before.length * 2, MAX_EJECTION) or EJECTION
+    ejected[key] = { at = at, until_ = at + length, length = length }
+end
+
+
+--- Forgets ejections that are long over.
+function _M.sweep()
+    local at = now()
+    for key, ejection in pairs(ejected) do
+        if at > ejection.until_ + FORGIVEN then
+            ejected[key] = nil
+            ejections = ejections - 1
+        end
+    end
+end
+
+
+local function blame(upstream, attempt)
+    local index = upstream and peers.find(upstream, attempt.address)
+    if index then
+        records.failed(upstream, index)
+    end
+end
+
+
+--- Takes note of the last attempt of this request, which has failed.
+-- @param name of the upstream
+-- @param upstream as it is now, nil if it is gone
+-- @param made as `attempts.read` gives it
+function _M.note_failure(name, upstream, made)
+    local last = made[#made]
+    if not last then
+        return
+    end
+    if not last.connected then
+        eject(last.address)
+        metrics.add(name, metrics.CONNECT_FAILURES)
+    end
+    if not last.answered or FAILED[last.status] then
+        blame(upstream, last)
+    end
+end
+
+
+-- What the circuit makes of a request: true if it has failed, nil if that says nothing.
+local function verdict(status, made)
+    if status == 499 or status >= 500 and #made == 0 then
+        return nil
+    end
+    return status >= 500
+end
+
+
+--- Takes note of the end of a request to `upstream`, answered with `status`. Whatever failed
+-- without an answer of a peer has been noted before.
+function _M.note_end(upstream, status)
+    local policy, suspects = upstream.policy, upstream.health.suspects
+    if status < 500 and not suspects and not policy.circuit and retry.pending == 0 then
+        return
+    end
+    local made = (status >= 500 or suspects) and attempts.read() or {}
+    local last = made[#made]
+    if last and last.answered and not made.asked then
+        local index = peers.find(upstream, last.address)
+        if FAILED[last.status] then
+            blame(upstream, last)
+        elseif index and suspects and suspects[index] and last.status < 500 then
+            records.succeeded(upstream, index)
+        end
+    end
+    if retry.pending > 0 and var.tidegate_retried == "1" then
+        retry.pending = retry.pending - 1
+        metrics.add(upstream.name, status < 500 and metrics.RETRIED_OK or metrics.RETRIED_FAILED)
+    end
+    if policy.circuit then
+        local failed = verdict(status, made)
+        if var.tidegate_trial == "1" then
+            circuit.tried(upstream, failed)
+        elseif failed ~= nil and not upstream.open_until then
+            circuit.count(upstream, failed)
+        end
+    end
+end
+
+
+return _M

@@ -1,0 +1,298 @@
+"""Retries as the policy of an upstream says; its circuit; its timeouts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.dataplane.harness import (
+    Backend,
+    Load,
+    Proxy,
+    backends,
+    free_port,
+    peer,
+    request,
+    site,
+    upstream,
+    wait_until,
+)
+from tests.dataplane.test_passive_health import A, with_policy
+
+NEVER = {"failures": 0}
+
+
+def push(proxy: Proxy, peers: list[Backend], **policy: object) -> None:
+    policy = {"passive": NEVER, **policy}
+    proxy.admin.put({A: with_policy(*(b.peer() for b in peers), **policy)})
+
+
+def seen(peers: list[Backend]) -> list[int]:
+    return [len(b.requests) for b in peers]
+
+
+@pytest.mark.parametrize("tries", [1, 2, 3])
+def test_as_many_peers_are_asked_as_the_policy_says_each_once(routed: Proxy, tries: int) -> None:
+    with backends(5) as peers:
+        push(routed, peers, retry={"tries": tries})
+        assert request(routed.http_port, "/reset").status == 502
+        assert sorted(seen(peers)) == [0] * (5 - tries) + [1] * tries
+
+
+def test_with_retries_off_at_the_site_a_policy_can_ask_for_them(proxy: Proxy) -> None:
+    proxy.admin.site(site(proxy.http_port, {"a.test": {"/": A}}, retries="off"))
+    with backends(3) as peers:
+        push(proxy, peers, retry={"on": ["error"]})
+        assert request(proxy.http_port, "/reset").status == 502
+        assert seen(peers) == [1, 1, 1]
+        push(proxy, peers)
+        assert request(proxy.http_port, "/reset").status == 502
+        assert sum(seen(peers)) == 4
+
+
+@pytest.mark.parametrize(
+    ("on", "path", "status", "asked"),
+    [
+        (["timeout"], "/reset", 502, 1),
+        (["error"], "/reset", 502, 3),
+        (["error"], "/sleep/3", 504, 1),
+        (["timeout"], "/sleep/3", 504, 3),
+        (["error"], "/garbage", 502, 1),
+        (["invalid_header"], "/garbage", 502, 3),
+    ],
+)
+def test_only_what_the_policy_names_is_tried_again(
+    routed: Proxy, on: list[str], path: str, status: int, asked: int
+) -> None:
+    with backends(3) as peers:
+        push(routed, peers, retry={"on": on}, timeouts={"read": 0.05})
+        assert request(routed.http_port, path).status == status
+        assert sum(seen(peers)) == asked
+
+
+def test_statuses_that_the_policy_names_are_tried_again(routed: Proxy) -> None:
+    with backends(3) as peers:
+        push(routed, peers, retry={"on": ["error", "http_503"]})
+        peers[0].status = 503
+        with Load(routed.http_port, "/x?y=1", connections=4) as load:
+            wait_until(lambda: load.total >= 200)
+        assert load.failed == {}
+        assert {one.path for b in peers for one in b.requests} == {"/x?y=1"}
+        assert len(peers[0].requests) > 30
+        peers[0].status = 200
+        for backend in peers:
+            backend.status = 503
+        before = sum(seen(peers))
+        answer = request(routed.http_port)
+        assert (answer.status, answer.text[0]) == (503, "b")  # the last one's own answer
+        assert sum(seen(peers)) == before + 3
+
+
+def test_a_status_that_the_policy_does_not_name_is_not_tried_again(routed: Proxy) -> None:
+    with backends(3) as peers:
+        push(routed, peers, retry={"on": ["http_503"]})
+        for backend in peers:
+            backend.status = 500
+        assert request(routed.http_port).status == 500
+        assert sum(seen(peers)) == 1
+
+
+def test_a_context_root_and_a_body_survive_a_retry_on_a_status(proxy: Proxy) -> None:
+    proxy.admin.site(site(proxy.http_port, {"a.test": {"/app/!": A}}))
+    with backends(2) as peers:
+        peers[0].status = 503
+        push(proxy, peers, retry={"on": ["http_503"]})
+        for _ in range(4):
+            answer = request(proxy.http_port, "/app/echo?q=1", method="PUT", body=b"x" * 100_000)
+            assert (answer.status, len(answer.body)) == (200, 100_000)
+        assert {one.path for b in peers for one in b.requests} == {"/echo?q=1"}
+        assert len(peers[0].requests) > 0
+
+
+@pytest.mark.parametrize("on", [["error", "http_503"], ["error", "http_503", "non_idempotent"]])
+def test_a_post_that_was_sent_is_not_sent_again_unless_the_policy_says_so(
+    routed: Proxy, on: list[str]
+) -> None:
+    allowed = "non_idempotent" in on
+    with backends(2) as peers:
+        push(routed, peers, retry={"on": on})
+        assert request(routed.http_port, "/reset", method="POST", body=b"x").status == 502
+        assert sum(seen(peers)) == (2 if allowed else 1)
+        peers[0].status = peers[1].status = 503
+        before = sum(seen(peers))
+        assert request(routed.http_port, method="POST", body=b"x").status == 503
+        assert sum(seen(peers)) == before + (2 if allowed else 1)
+
+
+def test_a_post_that_was_not_sent_goes_to_another_peer(routed: Proxy, backend: Backend) -> None:
+    dead = [peer(free_port(), id=f"dead{n}") for n in range(3)]
+    for on in ([], ["error"], ["error", "http_500"]):
+        retry = {"on": on, "tries": 4}
+        routed.admin.put({})
+        routed.admin.put({A: with_policy(backend.peer(), *dead, retry=retry)})
+        for _ in range(4):
+            answer = request(routed.http_port, "/echo", method="POST", body=b"once")
+            assert (answer.status, answer.body) == (200, b"once")
+    assert len(backend.requests) == 12
+
+
+def test_no_peer_that_has_seen_a_request_gets_it_again_also_when_it_was_held(
+    routed: Proxy,
+) -> None:
+    with backends(2) as peers, ThreadPoolExecutor() as pool:
+        routed.admin.put({A: {**with_policy(peers[0].peer(), passive=NEVER), "hold": 2.0}})
+        wait_until(lambda: routed.admin.live(A) == {"b0": "up"})
+        answer = pool.submit(request, routed.http_port, "/reset")
+        wait_until(lambda: peers[0].requests)
+        every = [b.peer() for b in peers]
+        routed.admin.patch({A: {**with_policy(*every, passive=NEVER), "hold": 2.0}})
+        assert answer.result().status == 502
+        assert seen(peers) == [1, 1]
+
+
+def test_no_other_try_begins_when_the_time_is_over(routed: Proxy) -> None:
+    with backends(4) as peers:
+        push(
+            routed,
+            peers,
+            retry={"on": ["timeout"], "timeout": 0.25},
+            timeouts={"read": 0.2},
+        )
+        assert request(routed.http_port, "/sleep/5").status == 504
+        assert sum(seen(peers)) == 2
+        series = 'tidegate_retries_refused_total{upstream="a.test/",reason="timeout"}'
+        wait_until(lambda: routed.admin.metrics().get(series) == 1)
+
+
+def test_retries_stay_within_their_budget(make_proxy: Callable[..., Proxy]) -> None:
+    """In each worker its share of the requests, rounded up."""
+    proxy = make_proxy(workers=2)
+    proxy.start()
+    proxy.admin.site(site(proxy.http_port, {"a.test": {"/": A}}))
+    with backends(4) as peers:
+        push(proxy, peers, retry={"on": ["error", "http_503"], "budget": 0.2})
+        for backend in peers:
+            backend.status = 503
+        for number in range(60):
+            path = "/reset" if number % 2 else "/"
+            assert request(proxy.http_port, path).status in (502, 503)
+        assert 60 < sum(seen(peers)) <= 60 + 12 + 2
+        series = 'tidegate_retries_refused_total{upstream="a.test/",reason="budget"}'
+        wait_until(lambda: proxy.admin.metrics().get(series, 0) > 10)
+
+
+def test_retried_requests_are_counted_by_how_they_end(routed: Proxy) -> None:
+    with backends(2) as peers:
+        push(routed, peers, retry={"on": ["http_503"]})
+        peers[0].status = 503
+        for _ in range(6):
+            assert request(routed.http_port).status == 200
+        peers[1].status = 503
+        for _ in range(4):
+            assert request(routed.http_port).status == 503
+
+        def count(result: str) -> float:
+            name = f'tidegate_retried_requests_total{{upstream="a.test/",result="{result}"}}'
+            return routed.admin.metrics().get(name, 0)
+
+        retries = 'tidegate_upstream_retries_total{upstream="a.test/"}'
+        wait_until(lambda: count("failed") == 4)
+        wait_until(lambda: count("ok") + count("failed") == routed.admin.metrics().get(retries))
+
+
+def test_an_upstreams_timeouts_are_its_own(routed: Proxy) -> None:
+    with backends(2) as (quick, patient):
+        hosts = {"a.test": {"/": A}, "b.test": {"/": "b"}}
+        routed.admin.site(site(routed.http_port, hosts))
+        routed.admin.put(
+            {
+                A: with_policy(quick.peer(), timeouts={"read": 0.1}),
+                "b": with_policy(patient.peer()),
+            }
+        )
+        started = time.monotonic()
+        assert request(routed.http_port, "/sleep/0.6").status == 504
+        assert time.monotonic() - started < 0.55
+        assert request(routed.http_port, "/sleep/0.6", host="b.test").status == 200
+        routed.admin.patch({A: with_policy(quick.peer(), timeouts={"read": 5})})
+        assert request(routed.http_port, "/sleep/0.6").status == 200
+
+
+CIRCUIT = {"error_ratio": 0.5, "min_requests": 10, "window": 60, "open": 0.5}
+
+
+def circuit(proxy: Proxy) -> str:
+    state: str = proxy.admin.shown(A)["live"]["circuit"]
+    return state
+
+
+def test_a_circuit_opens_tries_one_request_at_a_time_and_closes(routed: Proxy) -> None:
+    with backends(2) as peers, ThreadPoolExecutor() as pool:
+        push(routed, peers, circuit=CIRCUIT)
+        for backend in peers:
+            backend.status = 500
+        for _ in range(9):
+            assert request(routed.http_port).status == 500
+        assert circuit(routed) == "closed"
+        assert request(routed.http_port).status == 500
+        wait_until(lambda: circuit(routed) == "open")
+        before = sum(seen(peers))
+        for _ in range(20):  # in every worker, at once, and by none of the peers
+            answer = request(routed.http_port)
+            assert answer.status == 503
+            assert answer.headers["retry-after"] == "1"
+            assert "Service Unavailable" in answer.text
+        assert sum(seen(peers)) == before
+        wait_until(lambda: circuit(routed) == "half_open")
+        answers = [pool.submit(request, routed.http_port, "/sleep/0.2") for _ in range(12)]
+        assert sorted({a.result().status for a in answers}) == [500, 503]
+        assert sum(seen(peers)) == before + 1
+        wait_until(lambda: circuit(routed) == "open")  # the one that tried has failed
+        for backend in peers:
+            backend.status = 200
+        wait_until(lambda: request(routed.http_port).status == 200)
+        wait_until(lambda: circuit(routed) == "closed")
+        assert {request(routed.http_port).status for _ in range(20)} == {200}
+        metrics = routed.admin.metrics()
+        assert metrics['tidegate_circuit_state{upstream="a.test/",state="closed"}'] == 1
+        wait_until(
+            lambda: (
+                routed.admin.metrics().get('tidegate_circuit_opened_total{upstream="a.test/"}') == 2
+            )
+        )
+
+
+def test_a_circuit_stays_closed_below_its_ratio(routed: Proxy) -> None:
+    with backends(3) as peers:
+        push(routed, peers, circuit=CIRCUIT, retry={"tries": 1})
+        peers[0].status = 503
+        for _ in range(45):
+            request(routed.http_port)
+        assert circuit(routed) == "closed"
+
+
+def test_a_circuit_stays_open_through_pushes_and_goes_with_the_upstream(routed: Proxy) -> None:
+    with backends(2) as peers:
+        push(routed, peers, circuit={**CIRCUIT, "open": 60})
+        for backend in peers:
+            backend.status = 500
+        for _ in range(10):
+            request(routed.http_port)
+        wait_until(lambda: circuit(routed) == "open")
+        push(routed, peers[:1], circuit={**CIRCUIT, "open": 60})
+        assert request(routed.http_port).status == 503
+        routed.admin.put({})
+        push(routed, peers, circuit={**CIRCUIT, "open": 60})
+        assert (circuit(routed), request(routed.http_port).status) == ("closed", 500)
+
+
+def test_a_circuit_counts_no_request_that_found_no_peer(routed: Proxy) -> None:
+    routed.admin.put(
+        {A: {**upstream(), "policy": {"algorithm": "round_robin", "circuit": CIRCUIT}}}
+    )
+    for _ in range(12):
+        assert request(routed.http_port).headers["retry-after"] == "5"
+    assert circuit(routed) == "closed"
