@@ -124,9 +124,8 @@ function _M.fsync(path)
 end
 
 
---- Writes `data` to `path`; the old content is gone even if this fails.
-function _M.write(path, data)
-    local file, err = io_open(path, "wb")
+local function put(path, mode, data)
+    local file, err = io_open(path, mode)
     if not file then
         return nil, err
     end
@@ -144,13 +143,21 @@ function _M.write(path, data)
 end
 
 
---- Puts `data` in the place of the file at `target`, synced; the old one stays as `target.prev`.
-function _M.replace(target, data)
-    local new = target .. ".new"
-    local ok, err = _M.write(new, data)
-    if ok then
-        ok, err = _M.fsync(new)
-    end
+--- Writes `data` to `path`; the old content is gone even if this fails.
+function _M.write(path, data)
+    return put(path, "wb", data)
+end
+
+
+--- Adds `data` to the file at `path`.
+function _M.append(path, data)
+    return put(path, "ab", data)
+end
+
+
+--- Syncs the file `new` and puts it in the place of `target`, which stays as `target.prev`.
+function _M.publish(new, target)
+    local ok, err = _M.fsync(new)
     if not ok then
         return nil, err
     end
@@ -163,10 +170,10 @@ function _M.replace(target, data)
 end
 
 
---- Waits up to `seconds` for `replace(target)`, which another thread has begun, to end.
-function _M.await_replaced(target, seconds)
+--- Waits up to `seconds` for `publish(new, …)`, which another thread has begun, to end.
+function _M.await_published(new, seconds)
     for _ = 1, seconds * 200 do
-        if C.access(target .. ".new", 0) ~= 0 then
+        if C.access(new, 0) ~= 0 then
             return
         end
         C.usleep(5000)

@@ -32,7 +32,7 @@ local update_time = ngx.update_time
 
 local LOCK = "push"
 local LOCK_WAIT = 2
-local SLICE = 0.004
+local SLICE = 0.001
 
 local _M = {}
 
