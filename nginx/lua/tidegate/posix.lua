@@ -22,6 +22,9 @@ pcall(ffi.cdef, "int mkdir(const char *path, unsigned int mode);")
 pcall(ffi.cdef, "int open(const char *path, int flags, ...);")
 pcall(ffi.cdef, "int close(int fd);")
 pcall(ffi.cdef, "int fsync(int fd);")
+pcall(ffi.cdef, "long lseek(int fd, long offset, int whence);")
+pcall(ffi.cdef, "void *mmap(void *addr, size_t len, int prot, int flags, int fd, long offset);")
+pcall(ffi.cdef, "int munmap(void *addr, size_t len);")
 pcall(ffi.cdef, "int access(const char *path, int mode);")
 pcall(ffi.cdef, "int usleep(unsigned int microseconds);")
 pcall(ffi.cdef, "int statx(int fd, const char *path, int flags, unsigned int mask, void *buf);")
@@ -39,6 +42,9 @@ local AT_FDCWD = -100
 local STATX_BASIC = 0x7ff
 local EPERM = 1
 local ENOENT = 2
+local SEEK_END = 2
+local PROT_READ = 1
+local MAP_PRIVATE = 2
 local ENOTDIR = 20
 local EEXIST = 17
 local F_SETFD = 2
@@ -178,6 +184,25 @@ function _M.await_published(new, seconds)
         end
         C.usleep(5000)
     end
+end
+
+
+--- Content of the file at `path`, in memory that is not Lua's; there as long as it is referenced.
+-- @return bytes and their number, or nil and why; a file without content cannot be had
+function _M.map(path)
+    local fd = C.open(path, 0)
+    if fd < 0 then
+        return failure(path)
+    end
+    local size = tonumber(C.lseek(fd, 0, SEEK_END))
+    local memory = C.mmap(nil, size, PROT_READ, MAP_PRIVATE, fd, 0)
+    C.close(fd)
+    if ffi.cast("intptr_t", memory) == -1 then
+        return failure(path)
+    end
+    return ffi.gc(ffi.cast("const uint8_t *", memory), function(bytes)
+        C.munmap(ffi.cast("void *", bytes), size)
+    end), size
 end
 
 
