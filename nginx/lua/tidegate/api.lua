@@ -292,11 +292,11 @@ end
 local function read_members(large)
     ngx.req.read_body()
     local text = ngx.req.get_body_data()
-    local bytes, size = nil, 0
+    local bytes, size, release = nil, 0, nil
     if text then
         bytes, size = cast("const uint8_t *", text), #text
     elseif ngx.req.get_body_file() then
-        bytes, size = posix.map(ngx.req.get_body_file())
+        bytes, size, release = posix.map(ngx.req.get_body_file())
     end
     local next_member = bytes and members.read(bytes, 0, size, store.breathe)
     local values, from, to, err = {}, nil, nil, nil
@@ -317,7 +317,7 @@ local function read_members(large)
         return refuse(400, "bad_json", "the body is not a JSON object"
                       .. (err and ": " .. err or ""))
     end
-    return values, { bytes = bytes, text = text, from = from, to = to }
+    return values, { bytes = bytes, text = text, from = from, to = to, release = release }
 end
 
 
@@ -438,6 +438,9 @@ local function push_membership(full)
     end
 
     local result, refusal = store.apply(push)
+    if where.release then
+        where.release()
+    end
     if not result then
         if refusal.kind == "incomplete" then
             return refuse_push(push)

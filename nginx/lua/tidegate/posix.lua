@@ -187,8 +187,10 @@ function _M.await_published(new, seconds)
 end
 
 
---- Content of the file at `path`, in memory that is not Lua's; there as long as it is referenced.
--- @return bytes and their number, or nil and why; a file without content cannot be had
+--- Content of the file at `path`, in memory that is not Lua's; there until it is given up, or not
+-- referenced any more.
+-- @return bytes, their number and a function that gives them up; or nil and why. A file without
+--   content cannot be had.
 function _M.map(path)
     local fd = C.open(path, 0)
     if fd < 0 then
@@ -200,9 +202,13 @@ function _M.map(path)
     if ffi.cast("intptr_t", memory) == -1 then
         return failure(path)
     end
-    return ffi.gc(ffi.cast("const uint8_t *", memory), function(bytes)
-        C.munmap(ffi.cast("void *", bytes), size)
-    end), size
+    local bytes = ffi.gc(ffi.cast("const uint8_t *", memory), function()
+        C.munmap(memory, size)
+    end)
+    return bytes, size, function()
+        ffi.gc(bytes, nil)
+        C.munmap(memory, size)
+    end
 end
 
 
