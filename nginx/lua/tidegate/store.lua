@@ -315,10 +315,12 @@ local function apply(token, push)
         return nil, { kind = "revision", revision = current }
     end
 
+    update_time()
     local at, staged, upserted, needed, short = now(), {}, 0, 0, nil
     slice_start = at
     local peers = full and 0 or ctl:get("peers") or 0
     for name, upstream in push.next do
+        breathe()
         local old_blob, old_number = _M.get(name)
         local old = old_blob and codec.decode(old_blob)
         carry_over(upstream, old, at)
@@ -342,7 +344,6 @@ local function apply(token, push)
                 forget_texts(entry)
             end
         end
-        breathe()
     end
 
     local complete = push.complete()
