@@ -446,8 +446,10 @@ def test_p14_nobody_keeps_what_was_read_in_the_middle_of_a_push(hooked: Hooked) 
                 assert hooked.survived()
                 break
             stops += 1
-            assert set(answers(proxy, 3)) <= names
-            os.kill(stopped, signal.SIGCONT)
+            try:
+                assert set(answers(proxy, 3)) <= names
+            finally:
+                os.kill(stopped, signal.SIGCONT)
             assert push.result(20).status == 200
             assert answers(proxy, 8) == {back.name: 8}, stops
         assert stops > 10
