@@ -15,6 +15,7 @@ import pytest
 from tests.dataplane.harness import (
     Answer,
     Backend,
+    Client,
     Load,
     Proxy,
     backends,
@@ -57,6 +58,35 @@ def test_without_hold_no_peer_is_503_at_once(routed: Proxy, peers: str) -> None:
     assert (answer.status, answer.headers["retry-after"]) == (503, "5")
     assert "No instance of the application" in answer.text
     assert time.monotonic() - started < 1
+
+
+BODIES = {"GET": None, "POST": b"once"}
+
+
+@pytest.mark.parametrize("method", BODIES)
+@pytest.mark.parametrize("used", [False, True], ids=["new", "reused"])
+def test_a_clients_connection_survives_being_held(routed: Proxy, method: str, used: bool) -> None:
+    """Nobody's connection is the price of a replacement; neither that of a request in vain."""
+    body = BODIES[method]
+    with ThreadPoolExecutor() as pool, Backend("old") as old, Backend("new") as new:
+        routed.admin.put({A: upstream(old.peer(), hold=20)})
+        wait_until(lambda: routed.admin.live(A) == {"old": "up"})
+        clients = [Client(routed.http_port) for _ in range(4)]
+        if used:
+            assert [client.status() for client in clients] == [200] * 4
+        routed.admin.patch({A: upstream(hold=20)})
+        statuses = [pool.submit(client.status, method, body=body) for client in clients]
+        wait_until(lambda: in_flight(routed) == 4)
+        routed.admin.patch({A: upstream(new.peer(), hold=20)})
+        assert [status.result() for status in statuses] == [200] * 4
+        routed.admin.patch({A: upstream(hold=0.1)})
+        assert [client.status(method, body=body) for client in clients] == [503] * 4
+        routed.admin.patch({A: upstream()})
+        assert [client.status(method, body=body) for client in clients] == [503] * 4
+        routed.admin.patch({A: upstream(peer(free_port()))})  # refuses: 502
+        assert [client.status(method, body=body) for client in clients] == [502] * 4
+        routed.admin.patch({A: upstream(new.peer())})
+        assert [client.status(method, body=body) for client in clients] == [200] * 4
 
 
 def test_an_unknown_host_is_503(routed: Proxy) -> None:

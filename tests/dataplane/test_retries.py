@@ -10,6 +10,7 @@ import pytest
 
 from tests.dataplane.harness import (
     Backend,
+    Client,
     Load,
     Proxy,
     backends,
@@ -296,3 +297,33 @@ def test_a_circuit_counts_no_request_that_found_no_peer(routed: Proxy) -> None:
     for _ in range(12):
         assert request(routed.http_port).headers["retry-after"] == "5"
     assert circuit(routed) == "closed"
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_no_clients_connection_is_closed_whatever_keeps_a_request_from_a_peer(
+    routed: Proxy, method: str
+) -> None:
+    """A policy's own retries, no other peer, an open circuit, a limit with and without a queue."""
+    client = Client(routed.http_port)
+    with backends(2) as peers:
+        push(routed, peers, retry={"on": ["error", "http_503"]})
+        peers[0].status = 503
+        for _ in range(4):
+            assert client.status(method) in ((200,) if method == "GET" else (200, 503))
+        assert [client.status(method, "/reset") for _ in range(3)] == [502] * 3
+        peers[0].status = 200
+        push(routed, peers)
+        assert [client.status(method, "/reset") for _ in range(3)] == [502] * 3
+        push(routed, peers, circuit={**CIRCUIT, "open": 60})
+        for _ in range(10):
+            assert request(routed.http_port, "/reset", method="POST").status == 502
+        wait_until(lambda: circuit(routed) == "open")
+        assert [client.status(method) for _ in range(3)] == [503] * 3
+    with Backend("slow", delay=0.2) as slow, ThreadPoolExecutor() as pool:
+        routed.admin.put({})
+        for queue, status in ((0, 503), (5, 200)):
+            push(routed, [slow], max_conns=1, queue=queue)
+            first = pool.submit(request, routed.http_port)
+            wait_until(lambda: slow.busy == 1)
+            assert client.status(method) == status
+            assert first.result().status == 200

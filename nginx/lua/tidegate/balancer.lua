@@ -44,8 +44,9 @@ local tonumber = tonumber
 local uintptr = ffi.typeof("uintptr_t")
 local var = ngx.var
 
-local ERROR = ngx.ERROR
 local FULL = selection.FULL
+local NO_OTHER_PEER = attempts.NO_OTHER_PEER
+local NO_PEER = attempts.NO_PEER
 
 local _M = {}
 
@@ -296,6 +297,8 @@ end
 
 
 --- Body of `balancer_by_lua`.
+--
+-- Where there is no peer nginx has to make a 502 of it, which `hold` sorts out; see `attempts`.
 function _M.balance()
     local name = var.tidegate_upstream
     local upstream = lookup(name)
@@ -303,7 +306,7 @@ function _M.balance()
     if get_last_failure() then
         upstream, index = choose_again(name, upstream)
         if not index then
-            return exit(ERROR)
+            return exit(NO_OTHER_PEER)
         end
     else
         local why
@@ -320,16 +323,15 @@ function _M.balance()
             end
         end
         if not index then
-            -- Debian's build has no way to answer 503 from here; `hold` sorts it out.
             var.tidegate_no_peer = why or "none"
-            return exit(ERROR)
+            return exit(NO_PEER)
         end
     end
     local ok, err = set_current_peer(upstream.hosts[index] or host_of(upstream, index),
                                      upstream.peers[index].port)
     if not ok then
         ngx.log(ngx.ERR, "tidegate: upstream ", name, ": ", err)
-        return exit(ERROR)
+        return exit(NO_OTHER_PEER)
     end
 end
 

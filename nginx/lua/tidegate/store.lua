@@ -382,9 +382,15 @@ local function apply(token, push)
     ctl:set("dirty", push.revision)
     local changed, renamed = {}, #removed > 0
     for index, entry in ipairs(staged) do
-        flip(entry)
         changed[index] = entry.name
         renamed = renamed or not entry.old_number
+    end
+    if renamed then
+        -- Should this worker be killed in here, nothing that is served is missing from the list.
+        ctl:incr("names", 1, 0)
+    end
+    for _, entry in ipairs(staged) do
+        flip(entry)
     end
     for _, name in ipairs(removed) do
         local number, blob = ptr:get(name), _M.get(name)
