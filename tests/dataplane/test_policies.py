@@ -121,7 +121,8 @@ def test_one_peer_no_peer_and_only_dead_peers(
         wait_until(lambda: load.total >= 100)
     assert (load.failed, set(load.names)) == ({}, {"b0"})
     if algorithm in ("least_conn", "ewma"):
-        assert set(in_flight(shared).values()) == {0}
+        # A client has its answer a moment before the worker has counted its end.
+        wait_until(lambda: set(in_flight(shared).values()) == {0})
 
 
 def test_a_change_of_policy_is_a_push_and_no_reload(shared: Proxy) -> None:

@@ -101,6 +101,34 @@ def test_a_status_that_the_policy_does_not_name_is_not_tried_again(routed: Proxy
         assert sum(seen(peers)) == 1
 
 
+@pytest.mark.parametrize(
+    ("method", "on", "site_has"),
+    [
+        ("POST", ["error", "http_503"], "error timeout"),
+        ("POST", ["error", "http_503"], "off"),
+        ("GET", ["error", "timeout"], "off"),
+        ("PUT", ["error", "timeout"], "off"),
+    ],
+)
+def test_an_answer_that_cannot_be_asked_for_again_is_passed_on(
+    proxy: Proxy, method: str, on: list[str], site_has: str
+) -> None:
+    """Whatever its status is, and also where another peer has failed before."""
+    proxy.admin.site(site(proxy.http_port, {"a.test": {"/": A}}, retries=site_has))
+    dead = [peer(free_port(), id=f"dead{n}") for n in range(2)]
+    with Backend("b0") as backend:
+        for status in (403, 404, 429, 500, 502, 503, 504):
+            proxy.admin.put({})
+            proxy.admin.put(
+                {A: with_policy(backend.peer(), *dead, passive=NEVER, retry={"on": on})}
+            )
+            backend.status = status
+            for _ in range(6):
+                answer = request(proxy.http_port, method=method)
+                assert (answer.status, answer.text) == (status, "b0")
+        assert len(backend.requests) == 7 * 6
+
+
 def test_a_context_root_and_a_body_survive_a_retry_on_a_status(proxy: Proxy) -> None:
     proxy.admin.site(site(proxy.http_port, {"a.test": {"/app/!": A}}))
     with backends(2) as peers:

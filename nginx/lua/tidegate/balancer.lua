@@ -279,7 +279,7 @@ local function choose_first(upstream, before)
     local again = before and var.tidegate_again or ""
     if not admit(upstream) then
         return upstream, nil, "open"
-    elseif upstream.retry_led and again == "" and var.tidegate_streamed ~= "1" then
+    elseif again == "" and retry.heeds_answers(upstream) and var.tidegate_streamed ~= "1" then
         return upstream, nil, "led"
     end
     local tried
