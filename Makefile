@@ -3,13 +3,15 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PYTEST_ARGS ?=
+# Most tests wait for something most of the time, so more of them run at once than there are cores.
+PROCESSES ?= 4
+PYTEST_ARGS ?= -n $(PROCESSES) --no-loadscope-reorder
 BENCH_ARGS ?=
 export PYTHON
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-fast lint bench certificates clean deps-demo deps-test deps-bench
+.PHONY: help demo test test-fast lint bench soak certificates clean deps-demo deps-test deps-bench
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +34,9 @@ lint: deps-test .venv/dev ## ruff, mypy, import layers, luacheck
 
 bench: deps-bench .venv/bench ## measure beside other proxies, into docs/benchmarks.md; ONLY="churn push"
 	$(BIN)/python -m bench $(BENCH_ARGS) $(ONLY)
+
+soak: deps-test .venv/dev ## the pair under everything at once for an hour, and what it grew by; SECONDS=300
+	$(BIN)/python -m bench.soak $(if $(SECONDS),--seconds $(SECONDS))
 
 certificates: ## those of examples/tls, made with openssl
 	@examples/tls/certificates.sh

@@ -121,6 +121,7 @@ def test_one_peer_no_peer_and_only_dead_peers(
         wait_until(lambda: load.total >= 100)
     assert (load.failed, set(load.names)) == ({}, {"b0"})
     if algorithm in ("least_conn", "ewma"):
+        # A client has its answer a moment before the worker has counted its end.
         wait_until(lambda: set(in_flight(shared).values()) == {0})
 
 

@@ -144,6 +144,14 @@ local function runner()
 end
 
 
+-- One more runner, if there is work; nginx may refuse a timer, then the next second sees to it.
+local function staff()
+    if #queue > 0 and runners < MAX_RUNNERS and timer_at(0, runner) then
+        runners = runners + 1
+    end
+end
+
+
 --- Starts on all peers of upstream `name` that are being probed and in nobody's hands.
 function _M.start(name)
     for _, peer in ipairs(store.probing_peers(name)) do
@@ -151,9 +159,7 @@ function _M.start(name)
         if not probing[key] then
             probing[key] = true
             queue[#queue + 1] = { name = name, peer = peer, key = key, since = now() }
-            if runners < MAX_RUNNERS and timer_at(0, runner) then
-                runners = runners + 1
-            end
+            staff()
         end
     end
 end
@@ -165,6 +171,7 @@ function _M.start_all()
         _M.start(name)
         store.breathe()
     end
+    staff()
 end
 
 
