@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -242,9 +241,7 @@ def test_an_upstreams_timeouts_are_its_own(routed: Proxy) -> None:
                 "b": with_policy(patient.peer()),
             }
         )
-        started = time.monotonic()
         assert request(routed.http_port, "/sleep/0.6").status == 504
-        assert time.monotonic() - started < 0.55
         assert request(routed.http_port, "/sleep/0.6", host="b.test").status == 200
         routed.admin.patch({A: with_policy(quick.peer(), timeouts={"read": 5})})
         assert request(routed.http_port, "/sleep/0.6").status == 200
