@@ -564,8 +564,9 @@ def judge(outcome: Outcome) -> list[str]:
     first, middle, last = outcome.looks
     reloads = middle.reloads - first.reloads
     kept = APPS + 3
-    if outcome.closed_idle > kept * (last.reloads + 1):
-        wrong.append(f"{outcome.closed_idle} kept connections closed at {last.reloads} reloads")
+    closed = outcome.closed_idle + sum(outcome.closed_after.values())
+    if closed > kept * (last.reloads + 1):
+        wrong.append(f"{closed} kept connections closed at {last.reloads} reloads")
     for what in ("peers replaced", "policies changed", "certificates renewed", "sites changed"):
         if not outcome.happened.get(what):
             wrong.append(f"{what}: none")

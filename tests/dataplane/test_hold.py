@@ -125,6 +125,26 @@ def test_a_request_is_held_until_a_peer_comes(routed: Proxy, method: str) -> Non
     wait_until(lambda: in_flight(routed) == 0)
 
 
+def test_the_client_s_connection_is_kept_when_its_request_took_a_detour(routed: Proxy) -> None:
+    """nginx closes it after a 500 of its own, also after one that only led the request on."""
+    with ThreadPoolExecutor() as pool, backends(2) as both:
+
+        def connection(answer: Answer, status: int) -> str:
+            assert answer.status == status
+            return answer.headers["connection"]
+
+        routed.admin.put({A: upstream(hold=20)})
+        waiting = pool.submit(request, routed.http_port)
+        wait_until(lambda: in_flight(routed) == 1)
+        routed.admin.patch({A: upstream(both[0].peer(), hold=20)})
+        assert connection(waiting.result(), 200) == "keep-alive"
+        on = {"on": ["error", "http_503"]}
+        routed.admin.put({A: upstream(*(b.peer() for b in both), retry=on)})
+        assert connection(request(routed.http_port), 200) == "keep-alive"
+        routed.admin.put({A: upstream()})
+        assert connection(request(routed.http_port), 503) == "keep-alive"
+
+
 def test_a_held_request_loses_its_context_root_once(proxy: Proxy) -> None:
     proxy.admin.site(site(proxy.http_port, {"a.test": {"/app/!": A}}))
     late = Backend("late", port=free_port())

@@ -44,6 +44,7 @@ local tonumber = tonumber
 local uintptr = ffi.typeof("uintptr_t")
 local var = ngx.var
 
+local DECLINED = ngx.DECLINED
 local ERROR = ngx.ERROR
 local FULL = selection.FULL
 
@@ -320,9 +321,12 @@ function _M.balance()
             end
         end
         if not index then
-            -- Debian's build has no way to answer 503 from here; `hold` sorts it out.
+            -- Debian's build has no way to answer 503 from here; `hold` sorts it out. Declined, it
+            -- gets there by a 502; by a 500 nginx would close the client's connection afterwards.
+            -- Where there are tries left, which is nowhere, declining would ask again, for ever.
+            local again = var.tidegate_no_peer ~= ""
             var.tidegate_no_peer = why or "none"
-            return exit(ERROR)
+            return exit(again and ERROR or DECLINED)
         end
     end
     local ok, err = set_current_peer(upstream.hosts[index] or host_of(upstream, index),
