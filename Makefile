@@ -3,7 +3,9 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PYTEST_ARGS ?=
+# Most tests wait for something most of the time, so more of them run at once than there are cores.
+PROCESSES ?= 4
+PYTEST_ARGS ?= -n $(PROCESSES) --no-loadscope-reorder
 BENCH_ARGS ?=
 export PYTHON
 

@@ -155,6 +155,7 @@ class Options(NamedTuple):
     protocol: Protocol = Protocol.HTTP
     mirror: tuple[str, str] | None = None
     directives: tuple[str, ...] = ()
+    request_buffering: bool = True
     policy: Policy = Policy()
 
 
@@ -216,6 +217,7 @@ class Claim:
             protocol=route.protocol,
             mirror=route.mirror,
             directives=route.directives,
+            request_buffering=route.request_buffering,
             policy=route.policy,
         )
 
@@ -1121,6 +1123,7 @@ _OPTION_LABELS: Mapping[str, Callable[[RouteDeclaration], str]] = {
     "protocol": lambda route: route.label("protocol"),
     "mirror": lambda route: route.label("mirror"),
     "directives": lambda route: route.label("backend_option"),
+    "request_buffering": lambda route: route.label("request_buffering"),
     "policy": lambda _: "the balancing policy",
 }
 
@@ -1517,6 +1520,7 @@ class Compiler:
                 protocol=slot.options.protocol,
                 mirror=self._mirror(name, slot, rejections),
                 directives=slot.options.directives,
+                request_buffering=slot.options.request_buffering,
             )
             for slot in slots
         )

@@ -6,8 +6,12 @@ Data-plane and Swarm helpers live with their tests; nothing here may start anyth
 from __future__ import annotations
 
 import os
+import random
 import socket
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,16 +29,40 @@ def require(condition: object, what: str) -> None:
 
 
 def free_port(address: str = "127.0.0.1") -> int:
-    """A TCP port that nothing listens on.
+    """A TCP port that nothing listens on, for what must be written into a configuration.
 
-    Another process may take it before it is used: bind to port 0 and read it back where that can
-    be done, and use this only for a port that must be written into a configuration.
+    It is below those that the kernel gives to outgoing connections, and drawn by lot, so that
+    another process hardly takes it before it is used. Bind to port 0 where that can be done.
     """
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((address, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    while True:
+        port = random.randrange(15000, 32000)
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with suppress(OSError):
+                probe.bind((address, port))
+                return port
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several processes (`-n`): a file's tests share what it starts, so they stay together,
+    and those of the Swarm share one lab.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByWhatIsShared(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return "swarm" if file.startswith("tests/swarm/") else file
+
+    return ByWhatIsShared(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several processes the Swarm's tests begin first, since they take longest."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        swarm = Path(__file__).parent / "swarm"
+        items.sort(key=lambda item: swarm not in item.path.parents)
 
 
 @pytest.fixture(name="require")

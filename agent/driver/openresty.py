@@ -10,22 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from http.client import RemoteDisconnected
 from typing import Any
-from urllib.parse import quote, unquote
-
-import requests
-from requests.adapters import HTTPAdapter
-from urllib3.connection import HTTPConnection
-from urllib3.connectionpool import HTTPConnectionPool
-from urllib3.exceptions import NewConnectionError
+from urllib.parse import quote
 
 from agent import policies
 from agent.config.settings import OpenResty
+from agent.driver.connection import Connection, NoAnswer, NotConnected
 from agent.driver.targets import Target
 from agent.errors import (
     DriverError,
@@ -38,9 +31,6 @@ from agent.errors import (
     SiteRefused,
 )
 from agent.model import Membership, Peer, PeerState, Upstream
-
-CONNECT_TIMEOUT = 3.0
-"""Seconds for a connection to stand: an address on a network that we are not on never answers."""
 
 SITE_TIMEOUT = 150.0
 """Seconds at least for a site push: testing and loading thousands of hosts takes its time."""
@@ -152,7 +142,7 @@ class Instance:
         self._urls = target.urls
         self._settings = settings
         self._token = token
-        self._session = _session(settings, verify_name=target.static)
+        self._connections: dict[str, Connection] = {}
 
     @property
     def url(self) -> str:
@@ -274,7 +264,8 @@ class Instance:
 
     def close(self) -> None:
         """Close the connection."""
-        self._session.close()
+        for connection in self._connections.values():
+            connection.close()
 
     def _call(
         self, method: str, path: str, body: str | None = None, *, timeout: float | None = None
@@ -282,9 +273,12 @@ class Instance:
         """One call, at the URL that answered last, else at each until one answers."""
         data = None if body is None else body.encode()
         token = self._token.read()
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        headers = {"User-Agent": "tidegate-agent"}
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
         if data is not None:
             headers["Content-Type"] = "application/json"
+        limit = self._settings.timeout if timeout is None else timeout
         if not self._urls:
             raise InstanceUnreachable(
                 "no address is known: it is on no network"
@@ -294,59 +288,28 @@ class Instance:
         faults = []
         for url in self._urls:
             try:
-                response = self._send(method, url, path, data, headers, timeout)
-            except _NotConnected as error:
+                status, answer = self._to(url).request(method, path, data, headers, limit)
+            except NotConnected as error:
                 faults.append(f"{url}: {error}")
                 continue
+            except NoAnswer as error:
+                raise InstanceUnreachable(f"{url}: {error}") from error
             if url != self._urls[0]:
                 self._urls = (url, *(other for other in self._urls if other != url))
-            return _answer(f"{method} {path}", url, response)
+            return _answer(f"{method} {path}", url, status, answer)
         raise InstanceUnreachable("; ".join(faults))
 
-    def _send(
-        self,
-        method: str,
-        url: str,
-        path: str,
-        data: bytes | None,
-        headers: Mapping[str, str],
-        timeout: float | None,
-    ) -> requests.Response:
-        """One request, sent again once where a kept connection had been closed meanwhile.
+    def _to(self, url: str) -> Connection:
+        """The connection to `url`.
 
-        Sending again is safe: a push carries its revision, so the second one changes nothing.
+        It may send a request twice, which is safe: a push carries its revision, so the second one
+        changes nothing.
         """
-        limit = self._settings.timeout if timeout is None else timeout
-
-        def send() -> requests.Response:
-            return self._session.request(
-                method,
-                _wire(url) + path,
-                data=data,
-                headers=headers,
-                timeout=(min(CONNECT_TIMEOUT, limit), limit),
-                allow_redirects=False,
-            )
-
-        try:
-            try:
-                return send()
-            except requests.ConnectionError as error:
-                if not _has(error, *_CLOSED):
-                    raise
-                return send()
-        except requests.ConnectTimeout as error:
-            raise _NotConnected(f"no connection within {CONNECT_TIMEOUT:g} s") from error
-        except requests.ReadTimeout as error:
-            raise InstanceUnreachable(f"{url}: no answer within {limit:g} s") from error
-        except (requests.RequestException, OSError) as error:
-            if _has(error, NewConnectionError, requests.exceptions.SSLError):
-                raise _NotConnected(_cause(error)) from error
-            raise InstanceUnreachable(f"{url}: {_cause(error)}") from error
-
-
-class _NotConnected(Exception):
-    """No connection stands, so nothing was sent: another address may be tried."""
+        connection = self._connections.get(url)
+        if connection is None:
+            connection = Connection(url, self._settings, verify_name=self._target.static)
+            self._connections[url] = connection
+        return connection
 
 
 def connector(settings: OpenResty) -> Callable[[Target], Instance]:
@@ -463,17 +426,17 @@ class _understood:  # noqa: N801 - used as a verb: with _understood(call)
             ) from error
 
 
-def _answer(call: str, url: str, response: requests.Response) -> dict[str, Any]:
+def _answer(call: str, url: str, status: int, text: bytes) -> dict[str, Any]:
     """The JSON object of an answer, or the error that it stands for."""
     try:
-        body = response.json()
+        body = json.loads(text)
     except ValueError:
         body = None
-    if response.status_code == 200 and isinstance(body, dict):
+    if status == 200 and isinstance(body, dict):
         return body
     if not isinstance(body, dict):
         body = {}
-    raise _error(f"{url}: {call}", response.status_code, body)
+    raise _error(f"{url}: {call}", status, body)
 
 
 def _error(call: str, status: int, body: Mapping[str, Any]) -> DriverError:
@@ -509,101 +472,3 @@ def _error(call: str, status: int, body: Mapping[str, Any]) -> DriverError:
 
 def _number(value: object) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
-
-
-_CLOSED = (ConnectionResetError, BrokenPipeError, ConnectionAbortedError, RemoteDisconnected)
-"""How a connection looks that the other end closed, as it may while a kept one is idle."""
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error of requests and all that it wraps, the innermost last."""
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        wrapped = [arg for arg in seen.args if isinstance(arg, BaseException)]
-        reason = getattr(seen, "reason", None)
-        if isinstance(reason, BaseException):
-            seen = reason
-        elif wrapped:
-            seen = wrapped[-1]
-        else:
-            seen = seen.__cause__
-
-
-def _has(error: BaseException, *kinds: type[BaseException]) -> bool:
-    return any(isinstance(item, kinds) for item in _chain(error))
-
-
-def _cause(error: BaseException) -> str:
-    """The innermost reason as a phrase, without a library's object addresses."""
-    innermost = list(_chain(error))[-1]
-    if isinstance(innermost, OSError) and innermost.strerror:
-        return innermost.strerror
-    return str(innermost)
-
-
-def _wire(url: str) -> str:
-    """A URL as requests takes it: the path of a unix socket goes where the host would be."""
-    if url.startswith("unix:"):
-        return "http+unix://" + quote(url.removeprefix("unix:"), safe="")
-    return url.rstrip("/")
-
-
-def _session(settings: OpenResty, *, verify_name: bool) -> requests.Session:
-    session = requests.Session()
-    # Never a proxy or a .netrc of the environment: the token goes to the instance alone.
-    session.trust_env = False
-    session.headers["User-Agent"] = "tidegate-agent"
-    if settings.tls_ca:
-        session.verify = settings.tls_ca
-    if settings.tls_cert:
-        session.cert = (settings.tls_cert, settings.tls_key or settings.tls_cert)
-    private = bool(settings.tls_ca) and not verify_name
-    session.mount("https://", _TlsAdapter() if private else HTTPAdapter())
-    session.mount("http+unix://", _UnixAdapter())
-    return session
-
-
-class _TlsAdapter(HTTPAdapter):
-    """For instances found by address: the operator's CA is the proof, not the name."""
-
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, assert_hostname=False, **kwargs)
-
-
-class _UnixConnection(HTTPConnection):
-    """HTTP over a unix socket whose path is the percent-encoded host."""
-
-    def connect(self) -> None:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.settimeout(CONNECT_TIMEOUT)
-        try:
-            sock.connect(unquote(self.host))
-        except OSError as error:
-            sock.close()
-            raise NewConnectionError(self, str(error)) from error
-        self.sock = sock
-
-
-class _UnixPool(HTTPConnectionPool):
-    ConnectionCls = _UnixConnection
-
-
-class _UnixAdapter(HTTPAdapter):
-    """One connection pool per socket path."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._pools: dict[str, _UnixPool] = {}
-
-    def get_connection_with_tls_context(self, request: Any, *args: Any, **kwargs: Any) -> Any:
-        host = request.url.removeprefix("http+unix://").partition("/")[0]
-        return self._pools.setdefault(host, _UnixPool(host))
-
-    def request_url(self, request: Any, proxies: Any) -> str:
-        return "/" + str(request.url).removeprefix("http+unix://").partition("/")[2]
-
-    def close(self) -> None:
-        for pool in self._pools.values():
-            pool.close()
-        super().close()

@@ -136,6 +136,7 @@ class RouteDeclaration:
         backend_tls: TLS towards the peers.
         mirror: host and context root of the route that gets a copy of each request.
         directives: raw nginx directives of kinds that the operator allows.
+        request_buffering: a peer gets a request's body when all of it is there.
         canary: its peers take a share of the requests for the same host and context root; what of
             them, with an empty `upstream`.
     """
@@ -168,6 +169,7 @@ class RouteDeclaration:
     protocol: Protocol = Protocol.HTTP
     mirror: tuple[str, str] | None = None
     directives: tuple[str, ...] = ()
+    request_buffering: bool = True
     canary: Canary | None = None
 
     def label(self, option: str) -> str:

@@ -110,6 +110,7 @@ OPTIONS = frozenset(
         "mirror",
         "ssl_backend",
         "protocol",
+        "request_buffering",
     }
 )
 

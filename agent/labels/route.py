@@ -49,6 +49,18 @@ def read_route(
     backend_tls = _backend_tls(reader)
     protocol = reader.one("protocol", _protocol, Protocol.HTTP)
     mirror = reader.one("mirror", forms.mirror, None)
+    buffering = reader.one("request_buffering", forms.boolean, True)
+    if protocol is Protocol.GRPC:
+        _note_streaming(reader)
+        mirror, buffering = None, True
+    elif mirror is not None and not buffering:
+        reader.idle(
+            "request_buffering",
+            f"with {reader.label('mirror')}: there is no copy of a request before all of it is "
+            "there",
+            "Remove one of the two.",
+        )
+        buffering = True
     behaviour = read_behaviour(
         reader, context_root=context_root, tls_only=front.only, allowed=rules.directives
     )
@@ -91,8 +103,16 @@ def read_route(
         protocol=protocol,
         mirror=mirror,
         directives=behaviour.directives,
+        request_buffering=buffering,
         canary=canary,
     )
+
+
+def _note_streaming(reader: Reader) -> None:
+    """Tell of what has no effect where nobody ever has the whole body of a request."""
+    grpc = f"with {reader.label('protocol')}=grpc, whose requests go on as they come"
+    reader.idle("mirror", grpc, f"Remove {reader.label('mirror')}.")
+    reader.idle("request_buffering", grpc, f"Remove {reader.label('request_buffering')}.")
 
 
 def _is_ours(reader: Reader, rules: Rules) -> bool:

@@ -116,6 +116,28 @@ def request(
         connection.close()
 
 
+class Client:
+    """A client that has one connection and keeps it."""
+
+    def __init__(self, port: int) -> None:
+        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        self._connection.connect()
+        self._connection.auto_open = 0  # a connection that was closed is not made anew
+
+    def status(self, method: str = "GET", path: str = "/echo", *, body: bytes | None = None) -> int:
+        """Status of the answer to one more request.
+
+        Raises:
+            ConnectionError: the answer closes the connection.
+        """
+        self._connection.request(method, path, body=body, headers={"Host": "a.test"})
+        response = self._connection.getresponse()
+        response.read()
+        if response.will_close:
+            raise ConnectionError(f"{method} {path} is answered {response.status}, and closed")
+        return response.status
+
+
 class Admin:
     """The admin API, as plain as it is: each call gives the answer, whatever its status."""
 

@@ -233,9 +233,8 @@ def test_a_slow_peer_does_not_delay_the_checks_of_others(routed: Proxy) -> None:
                 A: with_policy(good.peer(), check={**HTTP, "interval": 0.2}),
             }
         )
-        started = time.monotonic()
-        wait_until(lambda: len(good.checks) >= 10)
-        assert time.monotonic() - started < 8
+        # One after the other, the slow ones alone would take 100 s for a round.
+        wait_until(lambda: len(good.checks) >= 10, timeout=30)
 
 
 def test_a_check_speaks_tls_where_its_peers_do(routed: Proxy, tmp_path: Path) -> None:

@@ -117,6 +117,27 @@ def test_p7_services_on_one_address_never_share_connections(
     wait_until(lambda: front.proxy.admin.metrics().get(series) == 15)
 
 
+def test_a_peer_that_one_route_does_not_trust_is_not_left_alone_by_another(
+    front: Front, certs: Path, peer: Backend
+) -> None:
+    """Nor by the workers that have seen the handshake fail."""
+    ca, ca2 = str(certs / "ca.pem"), str(certs / "ca2.pem")
+    with Backend("other", tls=server({"one.internal": certs / "one.pem"})) as other:
+        front.proxy.admin.put(
+            {"a.test/": upstream(peer.peer()), "b.test/": upstream(peer.peer(), other.peer())}
+        )
+        wait_until(lambda: front.proxy.admin.live("b.test/") == {"b0": "up", "other": "up"})
+        front.push(
+            routed("a", BackendTls(verify=True, ca=ca2, name="one.internal")),
+            routed("b", BackendTls(verify=True, ca=ca, name="one.internal")),
+        )
+        for _ in range(10):
+            assert get(front, "a")[0] == 502
+        names = [get(front, "b")[1] for _ in range(12)]
+    # Each of two workers takes them in turn.
+    assert 5 <= names.count("b0") <= 7
+
+
 def test_plain_and_tls_to_one_address_are_kept_apart(front: Front, peer: Backend) -> None:
     front.push(routed("a", BackendTls()), routed("b", None))
     for _ in range(4):

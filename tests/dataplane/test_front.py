@@ -143,8 +143,11 @@ def test_several_headers_of_one_name_are_all_untrusted(serving: Proxy, backend: 
 
 def test_a_host_cannot_break_out_of_the_forwarded_header(serving: Proxy, backend: Backend) -> None:
     push(serving, Site((), default=(Location("/", A),)))
-    ask(serving, name='x";for=192.0.2.1')
-    assert backend.requests[-1].headers["forwarded"] == "for=127.0.0.1;proto=http"
+    ask(serving)
+    status = ask(serving, name='x";for=192.0.2.1').status
+    # Current nginx refuses such a name.
+    assert len(backend.requests) == (1 if status == 400 else 2)
+    assert {seen.headers["forwarded"] for seen in backend.requests} == {"for=127.0.0.1;proto=http"}
 
 
 def test_the_access_log_has_the_real_client(

@@ -15,6 +15,7 @@ import pytest
 from tests.dataplane.harness import (
     Answer,
     Backend,
+    Client,
     Load,
     Proxy,
     backends,
@@ -32,6 +33,14 @@ A = "a.test/"
 def held(proxy: Proxy, result: str) -> float:
     name = f'tidegate_held_requests_total{{upstream="a.test/",result="{result}"}}'
     return proxy.admin.metrics().get(name, 0)
+
+
+def ended(proxy: Proxy) -> float:
+    return sum(
+        value
+        for name, value in proxy.admin.metrics().items()
+        if name.startswith("tidegate_requests_total{")
+    )
 
 
 def in_flight(proxy: Proxy) -> float:
@@ -52,11 +61,41 @@ def test_without_hold_no_peer_is_503_at_once(routed: Proxy, peers: str) -> None:
     elif peers == "refusing":
         routed.admin.put({A: upstream()})
         routed.admin.put({A: upstream(peer(free_port(), state="draining"))})
-    started = time.monotonic()
     answer = request(routed.http_port)
     assert (answer.status, answer.headers["retry-after"]) == (503, "5")
     assert "No instance of the application" in answer.text
-    assert time.monotonic() - started < 1
+    if peers != "unknown":  # of which nothing is counted
+        wait_until(lambda: ended(routed) == 1)
+    assert held(routed, "expired") == held(routed, "resumed") == 0
+
+
+BODIES = {"GET": None, "POST": b"once"}
+
+
+@pytest.mark.parametrize("method", BODIES)
+@pytest.mark.parametrize("used", [False, True], ids=["new", "reused"])
+def test_a_clients_connection_survives_being_held(routed: Proxy, method: str, used: bool) -> None:
+    """Nobody's connection is the price of a replacement; neither that of a request in vain."""
+    body = BODIES[method]
+    with ThreadPoolExecutor() as pool, Backend("old") as old, Backend("new") as new:
+        routed.admin.put({A: upstream(old.peer(), hold=20)})
+        wait_until(lambda: routed.admin.live(A) == {"old": "up"})
+        clients = [Client(routed.http_port) for _ in range(4)]
+        if used:
+            assert [client.status() for client in clients] == [200] * 4
+        routed.admin.patch({A: upstream(hold=20)})
+        statuses = [pool.submit(client.status, method, body=body) for client in clients]
+        wait_until(lambda: in_flight(routed) == 4)
+        routed.admin.patch({A: upstream(new.peer(), hold=20)})
+        assert [status.result() for status in statuses] == [200] * 4
+        routed.admin.patch({A: upstream(hold=0.1)})
+        assert [client.status(method, body=body) for client in clients] == [503] * 4
+        routed.admin.patch({A: upstream()})
+        assert [client.status(method, body=body) for client in clients] == [503] * 4
+        routed.admin.patch({A: upstream(peer(free_port()))})  # refuses: 502
+        assert [client.status(method, body=body) for client in clients] == [502] * 4
+        routed.admin.patch({A: upstream(new.peer())})
+        assert [client.status(method, body=body) for client in clients] == [200] * 4
 
 
 def test_an_unknown_host_is_503(routed: Proxy) -> None:
@@ -114,35 +153,13 @@ def test_a_request_is_held_until_a_peer_comes(routed: Proxy, method: str) -> Non
             for _ in range(5)
         ]
         wait_until(lambda: in_flight(routed) == 5)
-        started = time.monotonic()
         routed.admin.patch({A: upstream(new.peer(), hold=20)})
         for answer in answers:
             assert answer.result().status == 200
             assert answer.result().body == (body or b"")
-        assert time.monotonic() - started < 2
         assert {seen.path for seen in new.requests} == {"/echo?x=1"}
     wait_until(lambda: held(routed, "resumed") == 5)
     wait_until(lambda: in_flight(routed) == 0)
-
-
-def test_the_client_s_connection_is_kept_when_its_request_took_a_detour(routed: Proxy) -> None:
-    """nginx closes it after a 500 of its own, also after one that only led the request on."""
-    with ThreadPoolExecutor() as pool, backends(2) as both:
-
-        def connection(answer: Answer, status: int) -> str:
-            assert answer.status == status
-            return answer.headers["connection"]
-
-        routed.admin.put({A: upstream(hold=20)})
-        waiting = pool.submit(request, routed.http_port)
-        wait_until(lambda: in_flight(routed) == 1)
-        routed.admin.patch({A: upstream(both[0].peer(), hold=20)})
-        assert connection(waiting.result(), 200) == "keep-alive"
-        on = {"on": ["error", "http_503"]}
-        routed.admin.put({A: upstream(*(b.peer() for b in both), retry=on)})
-        assert connection(request(routed.http_port), 200) == "keep-alive"
-        routed.admin.put({A: upstream()})
-        assert connection(request(routed.http_port), 503) == "keep-alive"
 
 
 def test_a_held_request_loses_its_context_root_once(proxy: Proxy) -> None:
@@ -157,7 +174,7 @@ def test_a_held_request_loses_its_context_root_once(proxy: Proxy) -> None:
             assert late.requests[-1].path == "/app/x%20y?q=%2F"
 
 
-def test_a_held_request_goes_on_soon_after_the_peer_listens(routed: Proxy) -> None:
+def test_a_held_request_goes_on_when_the_peer_listens(routed: Proxy) -> None:
     late = Backend("late", port=free_port())
     routed.admin.put({A: upstream(late.peer(), hold=20)})
     with ThreadPoolExecutor() as pool:
@@ -165,9 +182,7 @@ def test_a_held_request_goes_on_soon_after_the_peer_listens(routed: Proxy) -> No
         wait_until(lambda: in_flight(routed) == 1)
         assert routed.admin.live(A) == {"late": "probing"}
         with late:
-            started = time.monotonic()
             assert answer.result().text == "late"
-            assert time.monotonic() - started < 1
 
 
 def test_the_hold_ends(routed: Proxy) -> None:
@@ -175,7 +190,7 @@ def test_the_hold_ends(routed: Proxy) -> None:
     started = time.monotonic()
     answer = request(routed.http_port)
     assert (answer.status, answer.headers["retry-after"]) == (503, "5")
-    assert 0.49 <= time.monotonic() - started < 3
+    assert time.monotonic() - started >= 0.49
     wait_until(lambda: held(routed, "expired") == 1)
 
 
@@ -245,9 +260,8 @@ def test_as_many_are_held_as_the_setting_says(make_proxy: Callable[..., Proxy]) 
     with ThreadPoolExecutor() as pool, Backend("new") as new:
         answers = [pool.submit(request, proxy.http_port) for _ in range(2)]
         wait_until(lambda: in_flight(proxy) == 2)
-        started = time.monotonic()
         assert request(proxy.http_port).status == 503
-        assert time.monotonic() - started < 1
+        assert not any(answer.done() for answer in answers)
         proxy.admin.patch({A: upstream(new.peer(), hold=20)})
         assert [answer.result().text for answer in answers] == ["new", "new"]
     wait_until(lambda: held(proxy, "refused") == 1)
@@ -270,15 +284,15 @@ def test_a_draining_peer_that_goes_on_serving_gets_requests_held_in_vain(
             for _ in range(8)
         ]
         assert [answer.result().body for answer in answers] == [b"once"] * 8
-        assert 2.5 < time.monotonic() - started < 6
+        assert (
+            time.monotonic() - started > 2.5
+        )  # and with 15 s the hold is not over, or it were 503
         assert len(old.requests) == 8
         first = started
         with Load(proxy.http_port, connections=4) as load:  # what comes now is not held as long
             wait_until(lambda: load.total >= 10)
             at = load.total
-            started = time.monotonic()
-            wait_until(lambda: time.monotonic() - started > 2)
-            assert load.total > at + 200
+            wait_until(lambda: load.total > at + 200)  # with 3 s each it would be a dozen
             with Backend("new") as new:
                 proxy.admin.patch({A: upstream(old.peer(state="draining"), new.peer(), hold=15)})
                 wait_until(lambda: proxy.admin.live(A)["new"] == "up")
@@ -339,9 +353,9 @@ def test_without_hold_a_draining_peer_serves_at_once_however_long_it_has_been(
     routed.admin.put({A: upstream(backend.peer())})
     routed.admin.patch({A: upstream(backend.peer(state="draining"))})
     time.sleep(2)
-    started = time.monotonic()
     assert request(routed.http_port).text == "b0"
-    assert time.monotonic() - started < 1
+    wait_until(lambda: ended(routed) == 1)
+    assert held(routed, "resumed") == 0
 
 
 def test_refusing_peers_are_not_waited_for_as_long(routed: Proxy) -> None:
@@ -350,7 +364,7 @@ def test_refusing_peers_are_not_waited_for_as_long(routed: Proxy) -> None:
         wait_until(lambda: routed.admin.live(A) == {"gone": "up"})
     started = time.monotonic()
     assert request(routed.http_port).status == 502
-    assert 2 < time.monotonic() - started < 6
+    assert 2 < time.monotonic() - started < 30  # half of what the upstream holds
 
 
 def test_a_refusing_peer_that_comes_back_within_the_hold_fails_nothing(routed: Proxy) -> None:

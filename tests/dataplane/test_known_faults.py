@@ -359,8 +359,8 @@ def test_p10_nothing_large_is_held_under_a_lock(hooked: Hooked, backend: Backend
 def test_p11_no_timer_is_needed_for_what_is_in_force(hooked: Hooked) -> None:
     """Where nginx refuses every further timer, pushes hold all the same and work goes on later."""
     proxy = hooked.proxy
-    fill = "while ngx.timer.at(2, function() end) do end"
-    full = "return ngx.timer.at(2, function() end) == nil"
+    fill = "while ngx.timer.at(5, function() end) do end"
+    full = "return ngx.timer.at(5, function() end) == nil"
     with backends(3) as (one, two, three):
         proxy.admin.put({A: upstream(one.peer(), two.peer())})
         for _ in range(20):

@@ -112,7 +112,7 @@ def damage_garbage(path: Path) -> None:
 
 
 def damage_head(path: Path) -> None:
-    path.write_bytes(b'{"format":1,"revision":9,"writer":"x","upstreams":5,"bytes":0,"crc32":0}\n')
+    path.write_bytes(b'{"format":2,"revision":9,"writer":"x"}\n\0\0\0\0\5\0\0\0')
 
 
 def damage_remove(path: Path) -> None:

@@ -204,6 +204,14 @@ class Pair:
             {node.name: self.admin(node, "/v1/status")["generation"] for node in nodes},
         )
 
+    def is_settled(self) -> bool:
+        """Whether no OpenResty has workers of before its last reload that still take requests."""
+        return all(
+            len(self.workers(node)) == self.admin(node, "/v1/status")["workers"]
+            for node in self.lab.nodes
+            if self.openresty_container(node)
+        )
+
     def in_step(self) -> bool:
         """Whether every OpenResty task runs, and has acknowledged what the agent wants."""
         instances = self.state()["instances"]

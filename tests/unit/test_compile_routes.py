@@ -483,8 +483,14 @@ def test_options_towards_the_peers_belong_to_the_location():
     found = location(compiled(service("web", wants, instance("t1")), options=options), "a.local")
     assert found.backend_tls == BackendTls(True, "/etc/tidegate/certs/ca.pem")
     assert found.protocol is Protocol.GRPC
+    assert found.request_buffering
     assert found.directives == ("proxy_buffering off;",)
     assert only(compiled(service("web", wants, instance("t1")))).reason == "directive_not_allowed"
+
+
+def test_bodies_go_on_as_they_come_where_the_label_says_so():
+    upload = service("upload", labels(hostname="a", request_buffering="false"), instance("t1"))
+    assert not location(compiled(upload), "a.local").request_buffering
 
 
 @pytest.mark.parametrize(
@@ -493,6 +499,7 @@ def test_options_towards_the_peers_belong_to_the_location():
         ({"ssl_backend": ""}, "interlock.ssl_backend"),
         ({"protocol": "grpc"}, "interlock.protocol"),
         ({"mirror": "s.local"}, "interlock.mirror"),
+        ({"request_buffering": "off"}, "interlock.request_buffering"),
         ({"max_conns": "5"}, "the balancing policy"),
         ({"ssl_passthrough": ""}, "interlock.ssl_passthrough"),
     ],

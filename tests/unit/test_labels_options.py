@@ -545,6 +545,28 @@ def test_canaries():
         assert refusal.reason == "invalid_label"
 
 
+def test_grpc_is_not_mirrored_and_that_is_told():
+    note = the_note(protocol="grpc", mirror="s.local")
+    assert note.reason == "label_ignored"
+    assert note.message.startswith("interlock.mirror has no effect with interlock.protocol=grpc")
+    assert read(protocol="grpc", mirror="s.local").routes[0].mirror is None
+
+
+def test_request_buffering():
+    assert the_route().request_buffering
+    assert the_route(request_buffering="on").request_buffering
+    assert not the_route(request_buffering="false").request_buffering
+    assert the_refusal(request_buffering="sometimes").reason == "invalid_label"
+
+
+@pytest.mark.parametrize("other", [{"protocol": "grpc"}, {"mirror": "s.local"}])
+def test_request_buffering_has_no_effect_where_something_else_decides(other):
+    note = the_note(request_buffering="false", **other)
+    assert "interlock.request_buffering has no effect with" in note.message
+    assert read(request_buffering="false", **other).routes[0].request_buffering
+    assert the_route(mirror="s.local", request_buffering="true").request_buffering
+
+
 def test_mirrors():
     assert the_route(mirror="Shadow.example.com").mirror == ("shadow.example.com", "/")
     assert the_route(mirror="shadow.example.com/api/").mirror == ("shadow.example.com", "/api")

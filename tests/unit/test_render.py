@@ -240,7 +240,6 @@ def test_a_location_names_its_upstream_and_proxies():
     text = render(Site((plain(),)), DEFAULTS, OLD)["a.example.com.conf"]
     assert directives(text, "server", "location /") == [
         ("set", "$tidegate_upstream", "a.example.com/"),
-        ("include", "conf.d/proxy.inc"),
         ("proxy_pass", "http://tidegate"),
     ]
 
@@ -258,26 +257,44 @@ def test_a_rewritten_context_root_is_taken_off_and_told():
     assert directives(text, "server", "location /v2/") == [
         ("set", "$tidegate_upstream", "api.example.com/v2"),
         ("set", "$tidegate_strip", "/v2"),
-        ("include", "conf.d/proxy.inc"),
         ("proxy_pass", "http://tidegate/"),
     ]
 
 
 def test_a_host_whose_clients_must_show_a_certificate_has_no_plain_way_round():
-    def plain_locations(**options: object) -> list[Directive]:
+    def plain_server(**options: object) -> list[tuple[str, ...]]:
         text = render(Site((SECURE,)), settings(**options), OLD)["secure.example.com.conf"]
-        block = parse(text)[0].block
-        assert block is not None
-        public = [item for item in block if item.words[0] == "location"]
-        return [item for item in public if not item.words[1].startswith("@")]
+        return directives(text, "server")
 
     for options, said in (
         ({}, ("return", "308", "https://$host$request_uri")),
         ({"ssl_port": 0}, ("return", "403")),
     ):
-        found = plain_locations(**options)
-        assert len(found) == 3
-        assert {item.block for item in found} == {(Directive(said),)}
+        found = plain_server(**options)
+        assert said in found
+        assert not [words for words in found if words[0] == "location"]
+
+
+def test_a_host_that_trusts_somebody_or_asks_for_certificates_tells_peers_so():
+    include = ("include", "conf.d/proxy.inc")
+    text = render(Site((plain(),)), DEFAULTS, OLD)["a.example.com.conf"]
+    assert include not in directives(text, "server")
+    trusting = settings(trusted_proxies=("10.0.0.0/8",))
+    text = render(Site((plain(),)), trusting, OLD)["a.example.com.conf"]
+    assert include in directives(text, "server")
+    servers = parse(render(Site((SECURE,)), DEFAULTS, OLD)["secure.example.com.conf"])
+    secure = next(item for item in servers if item.words == ("server",) and "443" in str(item))
+    assert include in [item.words for item in secure.block or ()]
+
+
+def test_a_location_that_sets_headers_of_its_own_keeps_those_of_all():
+    lines = ("proxy_set_header X-C c;", "proxy_buffers 4 8k;")
+    host = Host("a.example.com", (), (location("a.example.com", "/", directives=lines),))
+    text = render(Site((host,)), DEFAULTS, OLD)["a.example.com.conf"]
+    found = directives(text, "server", "location /")
+    assert ("include", "conf.d/proxy.inc") in found
+    # Beside buffers so small, the first one of all others would be refused.
+    assert ("proxy_buffer_size", "16k") in found
 
 
 def test_identities_towards_peers_have_upstreams_of_their_own_each_once():

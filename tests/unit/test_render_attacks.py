@@ -153,6 +153,10 @@ def _server(host: Host, *, secure: bool) -> Directive:
             )
     found.append(directive("server_name", host.name, *host.aliases))
     found.append(directive("absolute_redirect", "off"))
+    if not secure and _says_nothing_plain(host):
+        found.append(directive("include", "conf.d/answer.inc"))
+        found.append(directive("return", "308", "https://$host$request_uri"))
+        return directive("server", block=found)
     found.append(directive("include", "conf.d/server.inc"))
     for location in host.locations:
         found += _locations(location, secure=secure)
@@ -161,18 +165,23 @@ def _server(host: Host, *, secure: bool) -> Directive:
     return directive("server", block=found)
 
 
+def _says_nothing_plain(host: Host) -> bool:
+    return all(item.tls_only for item in host.locations) and any(
+        item.path == "/" for item in host.locations
+    )
+
+
 def _locations(location: Location, *, secure: bool) -> list[Directive]:
     root = location.path.removesuffix("/")
     if location.tls_only and not secure:
         here = below = [directive("return", "308", "https://$host$request_uri")]
     else:
         begin = [directive("set", "$tidegate_upstream", location.upstream)]
-        end = directive("include", "conf.d/proxy.inc")
-        here = below = [*begin, end, directive("proxy_pass", "http://tidegate")]
+        here = below = [*begin, directive("proxy_pass", "http://tidegate")]
         if location.rewrite:
             here = [directive("return", "308", f"{root}/$is_args$args")]
             strip = directive("set", "$tidegate_strip", root)
-            below = [*begin, strip, end, directive("proxy_pass", "http://tidegate/")]
+            below = [*begin, strip, directive("proxy_pass", "http://tidegate/")]
     found = [directive("location", f"{root}/", block=below)]
     return [directive("location", "=", root, block=here), *found] if root else found
 

@@ -5,9 +5,11 @@
 
 local certificates = require "tidegate.certificates"
 local codec = require "tidegate.codec"
+local ffi = require "ffi"
 local json = require "tidegate.json"
 local lease = require "tidegate.lease"
 local live = require "tidegate.live"
+local members = require "tidegate.members"
 local metrics = require "tidegate.metrics"
 local persist = require "tidegate.persist"
 local posix = require "tidegate.posix"
@@ -23,7 +25,9 @@ local ctl = ngx.shared.tidegate_ctl
 local bit = require "bit"
 local bor, bxor = bit.bor, bit.bxor
 local byte = string.byte
+local cast = ffi.cast
 local find = string.find
+local ffi_string = ffi.string
 local floor = math.floor
 local gsub = string.gsub
 local ipairs = ipairs
@@ -36,6 +40,7 @@ local tostring = tostring
 local type = type
 
 local BUSY_PAUSE = 1
+local MAX_ERRORS = 100
 local CHUNK = 65536     -- bytes of a long answer that are put together before they are sent
 local TOKEN_AGE = 5     -- seconds after which the token's file is read again
 
@@ -280,61 +285,166 @@ end
 
 
 -- Both kinds of push; `full` is PUT.
+-- The members of a body that may be large: the text of each where it is no table of upstreams.
+-- Answers and gives nil where it is no object.
+-- @param large name of the member that is left as it is
+-- @return values by name; bytes, and where in them the large one begins and ends (nil: not there)
+local function read_members(large)
+    ngx.req.read_body()
+    local text = ngx.req.get_body_data()
+    local bytes, size, release = nil, 0, nil
+    if text then
+        bytes, size = cast("const uint8_t *", text), #text
+    elseif ngx.req.get_body_file() then
+        bytes, size, release = posix.map(ngx.req.get_body_file())
+    end
+    local next_member = bytes and members.read(bytes, 0, size, store.breathe)
+    local values, from, to, err = {}, nil, nil, nil
+    if next_member then
+        local name, begins, ends
+        repeat
+            name, begins, ends = next_member()
+            if name == large then
+                from, to = begins, ends
+            elseif name then
+                values[name], err = json.decode(ffi_string(bytes + begins, ends - begins))
+            else
+                err = begins
+            end
+        until not name or err
+    end
+    if not next_member or err then
+        return refuse(400, "bad_json", "the body is not a JSON object"
+                      .. (err and ": " .. err or ""))
+    end
+    return values, { bytes = bytes, text = text, from = from, to = to, release = release }
+end
+
+
+-- The upstreams of a push, one after the other, as `store.apply` asks for them: after the first
+-- fault there are none, and all others are looked for faults as well.
+-- @param where as `read_members` gives it
+-- @param push `{errors, unsupported, names}`: what is found in them is added
+local function upstreams_of(where, push)
+    local bytes = where.bytes
+    local errors, names = push.errors, push.names
+    local next_member = members.read(bytes, where.from, where.to, store.breathe)
+
+    local function read(name, begins, ends)
+        if names[name] then
+            errors[#errors + 1] = { upstream = name, field = "name", message = "is there twice" }
+            return nil
+        end
+        names[name] = true
+        local item, err = json.decode(ffi_string(bytes + begins, ends - begins))
+        if item == nil then
+            push.malformed = err
+            return nil
+        end
+        return wire.read_upstream(name, item, errors, push.unsupported)
+    end
+
+    return function()
+        while #errors < MAX_ERRORS and not push.malformed do
+            local name, begins, ends = next_member()
+            if not name then
+                push.malformed = begins
+                return nil
+            end
+            local upstream = read(name, begins, ends)
+            if #errors == 0 and not push.malformed then
+                return name, upstream
+            end
+            store.breathe()
+        end
+        return nil
+    end
+end
+
+
+local function read_removed(body, push)
+    if body.remove == nil then
+        return
+    end
+    local names, err = wire.read_names(body.remove)
+    if not names then
+        push.errors[#push.errors + 1] = { field = "remove", message = err }
+        return
+    end
+    push.remove = names
+end
+
+
+-- Faults that show only when all upstreams have been read.
+local function check_removed(push)
+    for _, name in ipairs(push.remove) do
+        if push.names[name] then
+            push.errors[#push.errors + 1] = {
+                upstream = name, field = "remove", message = "is in upsert too",
+            }
+        end
+    end
+    return #push.errors == 0 and not push.malformed
+end
+
+
+local function refuse_push(push)
+    if push.malformed then
+        return refuse(400, "bad_json", "the body is not a JSON object: " .. push.malformed)
+    end
+    return invalid(push.errors)
+end
+
+
 local function push_membership(full)
-    local body = read_object()
+    local field = full and "upstreams" or "upsert"
+    local body, where = read_members(field)
     if not body or not take_lease(body.writer) then
         return
     end
-    local errors, unsupported, upsert, remove = {}, {}, {}, {}
+    local errors, unsupported = {}, {}
+    local push = {
+        errors = errors,
+        unsupported = unsupported,
+        names = {},
+        remove = {},
+        writer = body.writer,
+        revision = body.revision,
+        base_revision = not full and body.base_revision or nil,
+    }
     if not wire.is_revision(body.revision) or body.revision == 0 then
         errors[1] = { field = "revision", message = "expected a whole number above 0" }
     end
     if not full and not wire.is_revision(body.base_revision) then
         errors[#errors + 1] = { field = "base_revision", message = "expected a whole number" }
     end
-    local field = full and "upstreams" or "upsert"
-    local given = body[field]
-    if given == nil and not full then
-        given = {}
-    end
-    if type(given) ~= "table" then
+    if not where.from and not full then
+        push.next = function() end
+    elseif where.from and members.read(where.bytes, where.from, where.to, store.breathe) then
+        push.next = upstreams_of(where, push)
+    else
         errors[#errors + 1] = { field = field, message = "expected an object of upstreams" }
-        given = {}
+        push.next = function() end
     end
-    for name, item in pairs(given) do
-        upsert[name] = wire.read_upstream(name, item, errors, unsupported)
-        store.breathe()
-        if #errors >= 100 then
-            break
-        end
+    if not full then
+        read_removed(body, push)
     end
-    if not full and body.remove ~= nil then
-        local names, err = wire.read_names(body.remove)
-        if not names then
-            errors[#errors + 1] = { field = "remove", message = err }
-        end
-        for _, name in ipairs(names or {}) do
-            if given[name] ~= nil then
-                errors[#errors + 1] = {
-                    upstream = name, field = "remove", message = "is in upsert too",
-                }
-            end
-        end
-        remove = names
+    push.complete = function()
+        return check_removed(push)
     end
     if #errors > 0 then
-        return invalid(errors)
+        push.next()
+        return refuse_push(push)
     end
 
-    local result, refusal = store.apply({
-        writer = body.writer,
-        revision = body.revision,
-        base_revision = not full and body.base_revision or nil,
-        upsert = upsert,
-        remove = remove,
-    })
+    local result, refusal = store.apply(push)
+    if where.release then
+        where.release()
+    end
     if not result then
-        if refusal.kind == "busy" then
+        if refusal.kind == "incomplete" then
+            return refuse_push(push)
+        elseif refusal.kind == "busy" then
             return busy()
         elseif refusal.kind == "revision" then
             return refuse(409, "revision", "the current revision is " .. refusal.revision,
@@ -349,6 +459,8 @@ local function push_membership(full)
         probe.start(name)
     end
     persist.schedule()
+    -- Before the answer: an upstream of the same name that comes next is another one.
+    records.forget(result.removed_names)
     send(200, {
         revision = result.revision,
         upserted = result.upserted,
@@ -357,7 +469,6 @@ local function push_membership(full)
     })
     ngx.eof()
     metrics.forget(result.removed_names)
-    records.forget(result.removed_names)
 end
 
 

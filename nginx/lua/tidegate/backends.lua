@@ -5,13 +5,12 @@
 -- calls this. The certificate that we show is read by nginx per connection, from a variable; so a
 -- renewed one is in use at once.
 
+local attempts = require "tidegate.attempts"
 local balancer = require "tidegate.balancer"
 local certificates = require "tidegate.certificates"
 
 local exit = ngx.exit
 local var = ngx.var
-
-local ERROR = ngx.ERROR
 
 local _M = {}
 
@@ -24,7 +23,7 @@ function _M.balance(identity)
     if not ok then
         -- `hold` answers it.
         var.tidegate_unidentified = "1"
-        return exit(ERROR)
+        return exit(attempts.NO_OTHER_PEER)
     end
     if certificate then
         var.tidegate_client_certificate = certificate

@@ -44,9 +44,9 @@ local tonumber = tonumber
 local uintptr = ffi.typeof("uintptr_t")
 local var = ngx.var
 
-local DECLINED = ngx.DECLINED
-local ERROR = ngx.ERROR
 local FULL = selection.FULL
+local NO_OTHER_PEER = attempts.NO_OTHER_PEER
+local NO_PEER = attempts.NO_PEER
 
 local _M = {}
 
@@ -279,7 +279,7 @@ local function choose_first(upstream, before)
     local again = before and var.tidegate_again or ""
     if not admit(upstream) then
         return upstream, nil, "open"
-    elseif upstream.retry_led and again == "" and var.tidegate_streamed ~= "1" then
+    elseif again == "" and retry.heeds_answers(upstream) and var.tidegate_streamed ~= "1" then
         return upstream, nil, "led"
     end
     local tried
@@ -297,6 +297,8 @@ end
 
 
 --- Body of `balancer_by_lua`.
+--
+-- Where there is no peer nginx has to make a 502 of it, which `hold` sorts out; see `attempts`.
 function _M.balance()
     local name = var.tidegate_upstream
     local upstream = lookup(name)
@@ -304,7 +306,7 @@ function _M.balance()
     if get_last_failure() then
         upstream, index = choose_again(name, upstream)
         if not index then
-            return exit(ERROR)
+            return exit(NO_OTHER_PEER)
         end
     else
         local why
@@ -321,19 +323,15 @@ function _M.balance()
             end
         end
         if not index then
-            -- Debian's build has no way to answer 503 from here; `hold` sorts it out. Declined, it
-            -- gets there by a 502; by a 500 nginx would close the client's connection afterwards.
-            -- Where there are tries left, which is nowhere, declining would ask again, for ever.
-            local again = var.tidegate_no_peer ~= ""
             var.tidegate_no_peer = why or "none"
-            return exit(again and ERROR or DECLINED)
+            return exit(NO_PEER)
         end
     end
     local ok, err = set_current_peer(upstream.hosts[index] or host_of(upstream, index),
                                      upstream.peers[index].port)
     if not ok then
         ngx.log(ngx.ERR, "tidegate: upstream ", name, ": ", err)
-        return exit(ERROR)
+        return exit(NO_OTHER_PEER)
     end
 end
 

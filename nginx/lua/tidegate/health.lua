@@ -15,6 +15,7 @@ local retry = require "tidegate.retry"
 local key_of = peers.key
 local look = records.look
 local min = math.min
+local next = next
 local now = ngx.now
 local pairs = pairs
 local var = ngx.var
@@ -26,8 +27,9 @@ local FAILED = { [502] = true, [503] = true, [504] = true }
 
 local _M = {}
 
-local ejected = {}          -- "address:port" → {at, until_, length} in this worker
-local ejections = 0
+-- upstream name → "address:port" → {at, until_, length} in this worker. Per upstream, as a peer
+-- whose certificate one route does not take may be fine with another.
+local ejected = {}
 
 
 --- Adds what this module keeps with an opened version.
@@ -40,7 +42,7 @@ end
 --- Whether all peers of `upstream` are usable, as far as this worker has looked.
 function _M.calm(upstream)
     local health = upstream.health
-    return ejections == 0 and not health.ejected and not health.unhealthy
+    return not health.ejected and not health.unhealthy and not ejected[upstream.name]
 end
 
 
@@ -67,36 +69,37 @@ function _M.usable(upstream, index, at)
     if health.ejected and health.ejected[index] or health.unhealthy and health.unhealthy[index] then
         return false
     end
-    if ejections == 0 then
-        return true
-    end
-    local ejection = ejected[key_of(upstream, index)]
+    local of = ejected[upstream.name]
+    local ejection = of and of[key_of(upstream, index)]
     -- A peer that has come up since is a new one.
     return ejection == nil or at >= ejection.until_ or upstream.peers[index].since > ejection.at
 end
 
 
-local function eject(key)
-    local at, before = now(), ejected[key]
+local function eject(name, key)
+    local of = ejected[name] or {}
+    local at, before = now(), of[key]
     if before and at < before.until_ then
         return
     end
-    if not before then
-        ejections = ejections + 1
-    end
     local length = before and at < before.until_ + FORGIVEN
         and min(before.length * 2, MAX_EJECTION) or EJECTION
-    ejected[key] = { at = at, until_ = at + length, length = length }
+    of[key] = { at = at, until_ = at + length, length = length }
+    ejected[name] = of
 end
 
 
 --- Forgets ejections that are long over.
 function _M.sweep()
     local at = now()
-    for key, ejection in pairs(ejected) do
-        if at > ejection.until_ + FORGIVEN then
-            ejected[key] = nil
-            ejections = ejections - 1
+    for name, of in pairs(ejected) do
+        for key, ejection in pairs(of) do
+            if at > ejection.until_ + FORGIVEN then
+                of[key] = nil
+            end
+        end
+        if not next(of) then
+            ejected[name] = nil
         end
     end
 end
@@ -120,7 +123,7 @@ function _M.note_failure(name, upstream, made)
         return
     end
     if not last.connected then
-        eject(last.address)
+        eject(name, last.address)
         metrics.add(name, metrics.CONNECT_FAILURES)
     end
     if not last.answered or FAILED[last.status] then

@@ -3,6 +3,7 @@
 -- Why apart from the balancer: a copy shares its variables with the request it was made of, so that
 -- nothing may be written to them here, and a copy that fails is of no further interest.
 
+local attempts = require "tidegate.attempts"
 local balancer = require "tidegate.balancer"
 local metrics = require "tidegate.metrics"
 local peers = require "tidegate.peers"
@@ -22,12 +23,12 @@ function _M.balance()
     local upstream = balancer.lookup(name)
     local index = upstream and selection.peek(upstream)
     if not index then
-        return ngx.exit(ngx.ERROR)
+        return ngx.exit(attempts.NO_PEER)
     end
     local ok, err = set_current_peer(peers.host(upstream, index), upstream.peers[index].port)
     if not ok then
         ngx.log(ngx.ERR, "tidegate: mirror ", name, ": ", err)
-        return ngx.exit(ngx.ERROR)
+        return ngx.exit(attempts.NO_PEER)
     end
 end
 

@@ -5,13 +5,8 @@
 
 local posix = require "tidegate.posix"
 
-local _M = {}
-
-
---- See `persist.replace`.
-function _M.replace(target, data)
-    return posix.replace(target, data)
-end
-
-
-return _M
+return {
+    write = posix.write,
+    append = posix.append,
+    publish = posix.publish,
+}

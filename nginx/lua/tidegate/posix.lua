@@ -22,6 +22,9 @@ pcall(ffi.cdef, "int mkdir(const char *path, unsigned int mode);")
 pcall(ffi.cdef, "int open(const char *path, int flags, ...);")
 pcall(ffi.cdef, "int close(int fd);")
 pcall(ffi.cdef, "int fsync(int fd);")
+pcall(ffi.cdef, "long lseek(int fd, long offset, int whence);")
+pcall(ffi.cdef, "void *mmap(void *addr, size_t len, int prot, int flags, int fd, long offset);")
+pcall(ffi.cdef, "int munmap(void *addr, size_t len);")
 pcall(ffi.cdef, "int access(const char *path, int mode);")
 pcall(ffi.cdef, "int usleep(unsigned int microseconds);")
 pcall(ffi.cdef, "int statx(int fd, const char *path, int flags, unsigned int mask, void *buf);")
@@ -39,6 +42,9 @@ local AT_FDCWD = -100
 local STATX_BASIC = 0x7ff
 local EPERM = 1
 local ENOENT = 2
+local SEEK_END = 2
+local PROT_READ = 1
+local MAP_PRIVATE = 2
 local ENOTDIR = 20
 local EEXIST = 17
 local F_SETFD = 2
@@ -124,9 +130,8 @@ function _M.fsync(path)
 end
 
 
---- Writes `data` to `path`; the old content is gone even if this fails.
-function _M.write(path, data)
-    local file, err = io_open(path, "wb")
+local function put(path, mode, data)
+    local file, err = io_open(path, mode)
     if not file then
         return nil, err
     end
@@ -144,13 +149,21 @@ function _M.write(path, data)
 end
 
 
---- Puts `data` in the place of the file at `target`, synced; the old one stays as `target.prev`.
-function _M.replace(target, data)
-    local new = target .. ".new"
-    local ok, err = _M.write(new, data)
-    if ok then
-        ok, err = _M.fsync(new)
-    end
+--- Writes `data` to `path`; the old content is gone even if this fails.
+function _M.write(path, data)
+    return put(path, "wb", data)
+end
+
+
+--- Adds `data` to the file at `path`.
+function _M.append(path, data)
+    return put(path, "ab", data)
+end
+
+
+--- Syncs the file `new` and puts it in the place of `target`, which stays as `target.prev`.
+function _M.publish(new, target)
+    local ok, err = _M.fsync(new)
     if not ok then
         return nil, err
     end
@@ -163,13 +176,38 @@ function _M.replace(target, data)
 end
 
 
---- Waits up to `seconds` for `replace(target)`, which another thread has begun, to end.
-function _M.await_replaced(target, seconds)
+--- Waits up to `seconds` for `publish(new, …)`, which another thread has begun, to end.
+function _M.await_published(new, seconds)
     for _ = 1, seconds * 200 do
-        if C.access(target .. ".new", 0) ~= 0 then
+        if C.access(new, 0) ~= 0 then
             return
         end
         C.usleep(5000)
+    end
+end
+
+
+--- Content of the file at `path`, in memory that is not Lua's; there until it is given up, or not
+-- referenced any more.
+-- @return bytes, their number and a function that gives them up; or nil and why. A file without
+--   content cannot be had.
+function _M.map(path)
+    local fd = C.open(path, 0)
+    if fd < 0 then
+        return failure(path)
+    end
+    local size = tonumber(C.lseek(fd, 0, SEEK_END))
+    local memory = C.mmap(nil, size, PROT_READ, MAP_PRIVATE, fd, 0)
+    C.close(fd)
+    if ffi.cast("intptr_t", memory) == -1 then
+        return failure(path)
+    end
+    local bytes = ffi.gc(ffi.cast("const uint8_t *", memory), function()
+        C.munmap(memory, size)
+    end)
+    return bytes, size, function()
+        ffi.gc(bytes, nil)
+        C.munmap(memory, size)
     end
 end
 

@@ -12,6 +12,7 @@ local ceil = math.ceil
 local find = string.find
 local floor = math.floor
 local get_method = ngx.req.get_method
+local huge = math.huge
 local ipairs = ipairs
 local min = math.min
 local now = ngx.now
@@ -130,7 +131,7 @@ function _M.allowed(upstream, made, led)
             return false
         end
     end
-    if policy.tries > 0 and #made >= policy.tries then
+    if #made >= (policy.tries > 0 and policy.tries or on and MAX_TRIES or huge) then
         return false
     end
     if policy.timeout > 0 then
@@ -144,6 +145,14 @@ function _M.allowed(upstream, made, led)
         end
     end
     return afford(upstream, true)
+end
+
+
+--- Whether an answer may send the current request on to another peer, so that it has to go through
+-- the location where nginx does that.
+function _M.heeds_answers(upstream)
+    return upstream.retry_led
+        and (upstream.retry_on.non_idempotent or not NOT_IDEMPOTENT[get_method()])
 end
 
 
@@ -166,9 +175,9 @@ function _M.grant(upstream, led, spare)
     if spare then
         tries = min((tries or 1) + (spare.tries or 1), MAX_TRIES)
     end
-    if not tries or led and not upstream.retry_on then
-        -- Led here without a policy of its own: what the peer answers is to be passed on, and what
-        -- fails comes back to `hold`.
+    if not tries or led and not _M.heeds_answers(upstream) then
+        -- nginx would take any answer there for a failure, and lose it. This way what the peer
+        -- answers is passed on, and what fails comes back to `hold`.
         return
     end
     -- An answer that may not be asked for again is passed on only by the last try.

@@ -32,7 +32,7 @@ local update_time = ngx.update_time
 
 local LOCK = "push"
 local LOCK_WAIT = 2
-local SLICE = 0.004
+local SLICE = 0.001
 
 local _M = {}
 
@@ -114,6 +114,11 @@ local function next_number()
 end
 
 
+local function holds_cells(blob)
+    return codec.head(blob).cell ~= 0
+end
+
+
 -- Cells of packed `blob` where its load is counted, as a set.
 local function cells_of(blob)
     local result, head = {}, codec.head(blob)
@@ -176,8 +181,21 @@ local function stage(entry)
 end
 
 
+-- Ten thousand upstreams may be staged at once: texts are kept only where their cells are needed.
+local function forget_texts(entry)
+    if not (entry.blob and holds_cells(entry.blob)) then
+        entry.blob = nil
+    end
+    if not (entry.old_blob and holds_cells(entry.old_blob)) then
+        entry.old_blob = nil
+    end
+end
+
+
 local function unstage(entry)
-    give_cells(entry.blob, entry.old_blob)
+    if entry.blob then
+        give_cells(entry.blob, entry.old_blob)
+    end
     dat:delete(key_of(entry.name, entry.number))
     if not entry.old_number then
         ptr:delete(entry.name)
@@ -234,7 +252,9 @@ local function flip(entry)
     end
     if entry.old_number then
         dat:delete(key_of(entry.name, entry.old_number))
-        give_cells(entry.old_blob, entry.blob)
+        if entry.old_blob then
+            give_cells(entry.old_blob, entry.blob)
+        end
     end
 end
 
@@ -295,10 +315,12 @@ local function apply(token, push)
         return nil, { kind = "revision", revision = current }
     end
 
+    update_time()
     local at, staged, upserted, needed, short = now(), {}, 0, 0, nil
     slice_start = at
     local peers = full and 0 or ctl:get("peers") or 0
-    for name, upstream in pairs(push.upsert) do
+    for name, upstream in push.next do
+        breathe()
         local old_blob, old_number = _M.get(name)
         local old = old_blob and codec.decode(old_blob)
         carry_over(upstream, old, at)
@@ -315,25 +337,28 @@ local function apply(token, push)
             if not short and not stage(entry) then
                 short = dat:free_space()
             end
-            if not short then
-                staged[#staged + 1] = entry
-            else
+            if short then
                 give_cells(blob, old_blob)
+            else
+                staged[#staged + 1] = entry
+                forget_texts(entry)
             end
         end
-        breathe()
     end
 
+    local complete = push.complete()
     local removed = {}
-    if full then
+    if not complete then
+        short = nil
+    elseif full then
         for _, name in ipairs(_M.names()) do
-            if not push.upsert[name] then
+            if not push.names[name] then
                 removed[#removed + 1] = name
             end
         end
     else
         for _, name in ipairs(push.remove) do
-            local blob = not push.upsert[name] and _M.get(name)
+            local blob = _M.get(name)
             if blob then
                 removed[#removed + 1] = name
                 peers = peers - codec.head(blob).count
@@ -341,11 +366,13 @@ local function apply(token, push)
         end
     end
 
-    if short or not lock.held(LOCK, token) then
+    if short or not complete or not lock.held(LOCK, token) then
         for _, entry in ipairs(staged) do
             unstage(entry)
         end
-        if short then
+        if not complete then
+            return nil, { kind = "incomplete" }
+        elseif short then
             return nil, { kind = "dict_full", free_bytes = short, needed_bytes = needed }
         end
         return nil, { kind = "busy" }
@@ -398,11 +425,13 @@ end
 
 --- Applies a push, whole or not at all. May yield.
 --
--- @param push `{writer, revision, base_revision (nil: full), upsert = {name = upstream},
---   remove = {names}}`; upstreams as `wire.read_upstream` gives them
+-- @param push `{writer, revision, base_revision (nil: full), next, names, complete, remove}`:
+--   `next()` gives name and upstream, as `wire.read_upstream` does, of the next one to be set, nil
+--   after the last; `names` then has the names of all; `complete()` is asked at the end whether
+--   they are all there was, else nothing is applied; `remove` is a list of others
 -- @return `{revision, upserted, removed, changed = {names}, removed_names}` (counts as the push
---   has them, `changed` only what differs), or nil and `{kind = "busy"|"revision"|"dict_full",
---   …}`
+--   has them, `changed` only what differs), or nil and `{kind =
+--   "busy"|"revision"|"incomplete"|"dict_full", …}`
 function _M.apply(push)
     return locked(apply, push)
 end
