@@ -499,13 +499,14 @@ def play(scene: Scene, until: float, *, reloads: bool, pace: float) -> None:
     """Everything in turn until that moment; `pace` is the time between reloads in seconds."""
     turn, reloaded = 0, time.monotonic()
     while time.monotonic() < until:
+        # What is rare comes first, so that it happens, and is seen, however few the turns are.
+        if turn % 4 == 0:
+            scene.renew()
+        if turn % 3 == 0:
+            scene.fail()
         turn += 1
         scene.replace_peer(turn % APPS)
         scene.change_policy(random.randrange(APPS))
-        if turn % 3 == 0:
-            scene.fail()
-        if turn % 4 == 0:
-            scene.renew()
         if reloads and time.monotonic() - reloaded > pace:
             scene.change_site()
             reloaded = time.monotonic()
