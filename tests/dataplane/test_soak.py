@@ -80,3 +80,8 @@ def test_a_scene_that_did_not_happen_is_told(what: str) -> None:
 def test_failed_requests_are_told() -> None:
     outcome = Outcome(happened=dict(HAPPENED), looks=[LOOK] * 3, failures=1)
     assert judge(outcome) == ["1 requests failed"]
+
+
+def test_connections_closed_without_a_reload_are_told() -> None:
+    outcome = Outcome(happened=dict(HAPPENED), looks=[LOOK] * 3, closed_after={"kept": 1000})
+    assert judge(outcome) == ["1000 kept connections closed at 40 reloads"]
