@@ -160,6 +160,44 @@ def test_what_is_no_json_object_is_refused(
     assert (answer.status, answer.json()["error"]) == (400, "bad_json")
 
 
+LARGE = {f"u{number}": upstream(peer(80), peer(81)) for number in range(3000)}
+"""More than nginx keeps of a body in memory."""
+
+
+def test_a_large_push_is_applied_whole_or_not_at_all(routed: Proxy) -> None:
+    status = routed.admin.status()
+    revision, before = status["revision"], status["upstreams"]
+    body = {"writer": "test", "revision": revision + 1, "upstreams": LARGE}
+    text = json.dumps(body).encode()
+    assert len(text) > 300_000
+    for broken in (text[:-2], text[:-1] + b"]", text + b"x", text.replace(b'"u2999"', b"u2999")):
+        answer = routed.admin.call("PUT", "/v1/membership", raw=broken)
+        assert (answer.status, answer.json()["error"]) == (400, "bad_json")
+    inside = text.replace(b'"weight": 1', b'"weight": }', 1)
+    answer = routed.admin.call("PUT", "/v1/membership", raw=inside)
+    assert (answer.status, answer.json()["error"]) == (400, "bad_json")
+    faulty = {**body, "upstreams": {**LARGE, "u2999": upstream(peer(0))}}
+    answer = routed.admin.call("PUT", "/v1/membership", faulty)
+    assert [item["upstream"] for item in answer.json()["errors"]] == ["u2999"]
+    status = routed.admin.status()
+    assert (status["revision"], status["upstreams"]) == (revision, before)
+    assert routed.admin.call("PUT", "/v1/membership", body).status == 200
+    assert routed.admin.status()["upstreams"] == 3000
+
+
+def test_an_upstream_that_is_there_twice_is_a_fault(routed: Proxy) -> None:
+    before = routed.admin.status()
+    item = json.dumps(upstream(peer(80)))
+    raw = (
+        f'{{"writer":"test","revision":{before["revision"] + 1},'
+        f'"upstreams":{{"a":{item},"\\u0061":{item}}}}}'
+    ).encode()
+    answer = routed.admin.call("PUT", "/v1/membership", raw=raw)
+    assert answer.status == 422
+    assert [error["upstream"] for error in answer.json()["errors"]] == ["a"]
+    assert routed.admin.status()["revision"] == before["revision"]
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     """A proxy that holds `keep`; for refusals, which leave it as it is."""

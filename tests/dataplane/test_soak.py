@@ -18,6 +18,7 @@ LOOK = Look(
     seconds=100,
     master_mb=5,
     workers_mb=[10, 10],
+    lua_kb=[800, 800],
     agent_mb=40,
     pss_mb=25,
     master_descriptors=11,
@@ -50,7 +51,8 @@ def test_a_short_soak(tmp_path: Path) -> None:
     "grown",
     [
         {"master_mb": 9},
-        {"workers_mb": [10, 16]},
+        {"workers_mb": [10, 27]},
+        {"lua_kb": [800, 1100]},
         {"agent_mb": 56},
         {"master_descriptors": 14},
         {"worker_descriptors": 31},

@@ -459,6 +459,8 @@ local function push_membership(full)
         probe.start(name)
     end
     persist.schedule()
+    -- Before the answer: an upstream of the same name that comes next is another one.
+    records.forget(result.removed_names)
     send(200, {
         revision = result.revision,
         upserted = result.upserted,
@@ -467,7 +469,6 @@ local function push_membership(full)
     })
     ngx.eof()
     metrics.forget(result.removed_names)
-    records.forget(result.removed_names)
 end
 
 

@@ -30,7 +30,7 @@ local var = ngx.var
 -- nginx allows 10 internal redirects per request.
 local MAX_ATTEMPTS = 8
 -- While peers are there and refuse, they are more likely broken than on their way.
-local REFUSING_LIMIT = 3
+local REFUSING_LIMIT = 5
 -- Longer than a replacement commonly takes that is started once the old one has ended.
 local HOLD_BEFORE_DRAINING = 3
 local RETRY_AFTER = 5
