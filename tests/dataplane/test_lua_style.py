@@ -18,7 +18,17 @@ def test_luacheck_finds_nothing() -> None:
     assert result.returncode == 0, result.stdout
 
 
-STREAM_PART = {"stream", "bridge", "tcp", "tcp_metrics", "codec", "policy", "json", "posix"}
+STREAM_PART = {
+    "stream",
+    "bridge",
+    "tcp",
+    "tcp_metrics",
+    "ejections",
+    "codec",
+    "policy",
+    "json",
+    "posix",
+}
 """Modules that may be loaded where there are no requests and no dicts but those of the http part.
 
 What is added here has to be tried on a build with Lua in its stream part (docs/testing.md)."""

@@ -27,6 +27,12 @@ OPENRESTY_IMAGE = "tidegate/openresty:test"
 SETTLE = 60.0
 
 
+def own_lab(purpose: str) -> str:
+    """Name of a lab that a module has to itself, for this `TIDEGATE_LAB` if there is one."""
+    run = os.environ.get("TIDEGATE_LAB")
+    return f"{run}-{purpose}" if run else purpose
+
+
 @dataclass(frozen=True)
 class Disturbance:
     """What must not change while only backends do: worker pids and generation, by node."""

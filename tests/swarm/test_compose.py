@@ -17,7 +17,7 @@ from bench.load import LoadProcess, Plan
 from tests.conftest import require
 from tests.lab import Lab
 from tests.lab.builder import APP
-from tests.swarm.pair import AGENT_IMAGE, OPENRESTY_IMAGE, ROOT, Pair
+from tests.swarm.pair import AGENT_IMAGE, OPENRESTY_IMAGE, ROOT, Pair, own_lab
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -65,7 +65,7 @@ class Compose:
 @pytest.fixture(scope="module")
 def compose(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compose]:
     require(_installed(), "docker-compose")
-    own = Lab.up("compose", nodes=1, fresh=True)
+    own = Lab.up(own_lab("compose"), nodes=1, fresh=True)
     try:
         Pair(own).build()
         token = tmp_path_factory.mktemp("compose") / "tidegate.token"
@@ -75,7 +75,7 @@ def compose(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comp
         own.wait_for(lambda: "200 OK" in compose.get(), 60, "the sample app is routed")
         yield compose
     finally:
-        Lab.down("compose")
+        Lab.down(own.name)
 
 
 def _installed() -> bool:

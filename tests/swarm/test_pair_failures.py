@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.lab import Lab
-from tests.swarm.pair import STACK, Pair
+from tests.swarm.pair import STACK, Pair, own_lab
 from tests.swarm.test_pair import assert_nothing_failed, undisturbed
 
 pytestmark = pytest.mark.timeout(240)
@@ -20,14 +20,14 @@ def pair(lab: Lab) -> Iterator[Pair]:
     A dockerd that comes and goes leaves marks on the overlay's gossip; other tests shall not see
     these, nor these tests those of others.
     """
-    own = Lab.up("failures", nodes=2, fresh=True)
+    own = Lab.up(own_lab("failures"), nodes=2, fresh=True)
     try:
         pair = Pair(own)
         pair.build()
         pair.deploy()
         yield pair
     finally:
-        Lab.down("failures")
+        Lab.down(own.name)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import queue
 import re
@@ -23,10 +24,22 @@ def recorded_events(name: str) -> list[dict[str, Any]]:
     text, events = (FIXTURES / f"classic-swarm/{name}.ndjson").read_text(), []
     decoder = json.JSONDecoder()
     while text := text.lstrip():
-        event, end = decoder.raw_decode(text)
-        events.append(event)
+        one, end = decoder.raw_decode(text)
+        events.append(one)
         text = text[end:]
     return events
+
+
+def event(action: str, name: str = "web1", **attributes: str) -> dict[str, Any]:
+    """A recorded event of a container, made to say something else."""
+    found = next(
+        copy.deepcopy(item)
+        for item in recorded_events("events")
+        if item["Type"] == "container" and item["Actor"]["Attributes"]["name"] == name
+    )
+    found |= {"Action": action, "status": action}
+    found["Actor"]["Attributes"] |= attributes
+    return found
 
 
 class ClassicManager:

@@ -19,7 +19,7 @@ from agent.discovery.classic_nodes import NodeView, is_classic, nodes_of
 from agent.discovery.docker_api import Connector
 from agent.errors import DiscoveryError
 from agent.model import InstanceState, PublishedPort, Snapshot, SourceSnapshot
-from tests.unit.classic_manager import ClassicManager, recorded_events
+from tests.unit.classic_manager import ClassicManager, event, recorded_events
 from tests.unit.discovery_fakes import Following, Heard, following, named, only, recorded
 
 pytestmark = pytest.mark.timeout(30)
@@ -100,18 +100,6 @@ def _driven(manager: ClassicManager) -> Iterator[Driven]:
         driven.until(ALL)
         follower.until(lambda: manager.streams)
         yield driven
-
-
-def event(action: str, name: str = "web1", **attributes: str) -> dict[str, Any]:
-    """A recorded event of a container, made to say something else."""
-    found = next(
-        copy.deepcopy(item)
-        for item in recorded_events("events")
-        if item["Type"] == "container" and item["Actor"]["Attributes"]["name"] == name
-    )
-    found |= {"Action": action, "status": action}
-    found["Actor"]["Attributes"] |= attributes
-    return found
 
 
 def of_node(action: str, node: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from agent.discovery.docker_api import Connector
 from agent.driver.fleet import Fleet, Options
 from agent.metrics import Metrics
 from agent.model import Membership
-from tests.unit.classic_manager import ClassicManager, recorded_events
+from tests.unit.classic_manager import ClassicManager, event, recorded_events
 from tests.unit.openresty_fake import FakeOpenResty, FakeRenderer, eventually
 
 pytestmark = pytest.mark.timeout(60)
@@ -159,18 +159,6 @@ def _agent(manager: ClassicManager, proxy: Proxy) -> Iterator[Agent]:
         agent.until(ALL)
         agent.until_in_touch()
         yield agent
-
-
-def event(action: str, name: str = "web1", **attributes: str) -> dict[str, Any]:
-    """A recorded event of a container, made to say something else."""
-    found = next(
-        copy.deepcopy(item)
-        for item in recorded_events("events")
-        if item["Type"] == "container" and item["Actor"]["Attributes"]["name"] == name
-    )
-    found |= {"Action": action, "status": action}
-    found["Actor"]["Attributes"] |= attributes
-    return found
 
 
 def node_lost(node: str) -> dict[str, Any]:

@@ -7,27 +7,24 @@
 
 local attempts = require "tidegate.attempts"
 local circuit = require "tidegate.circuit"
+local ejections = require "tidegate.ejections"
 local metrics = require "tidegate.metrics"
 local peers = require "tidegate.peers"
 local records = require "tidegate.records"
 local retry = require "tidegate.retry"
 
+local holds = ejections.holds
 local key_of = peers.key
 local look = records.look
-local min = math.min
 local next = next
-local now = ngx.now
 local pairs = pairs
 local var = ngx.var
 
-local EJECTION = 1
-local MAX_EJECTION = 8
-local FORGIVEN = 30         -- seconds after which an ejection's length starts anew
 local FAILED = { [502] = true, [503] = true, [504] = true }
 
 local _M = {}
 
--- upstream name → "address:port" → {at, until_, length} in this worker. Per upstream, as a peer
+-- upstream name → "address:port" → what `ejections` keeps, in this worker. Per upstream, as a peer
 -- whose certificate one route does not take may be fine with another.
 local ejected = {}
 
@@ -71,33 +68,21 @@ function _M.usable(upstream, index, at)
     end
     local of = ejected[upstream.name]
     local ejection = of and of[key_of(upstream, index)]
-    -- A peer that has come up since is a new one.
-    return ejection == nil or at >= ejection.until_ or upstream.peers[index].since > ejection.at
+    return not holds(ejection, at, upstream.peers[index].since)
 end
 
 
 local function eject(name, key)
     local of = ejected[name] or {}
-    local at, before = now(), of[key]
-    if before and at < before.until_ then
-        return
-    end
-    local length = before and at < before.until_ + FORGIVEN
-        and min(before.length * 2, MAX_EJECTION) or EJECTION
-    of[key] = { at = at, until_ = at + length, length = length }
     ejected[name] = of
+    ejections.add(of, key)
 end
 
 
 --- Forgets ejections that are long over.
 function _M.sweep()
-    local at = now()
     for name, of in pairs(ejected) do
-        for key, ejection in pairs(of) do
-            if at > ejection.until_ + FORGIVEN then
-                of[key] = nil
-            end
-        end
+        ejections.sweep(of)
         if not next(of) then
             ejected[name] = nil
         end

@@ -8,6 +8,7 @@
 local balancer = require "ngx.balancer"
 local codec = require "tidegate.codec"
 local counters = require "tidegate.tcp_metrics"
+local ejections = require "tidegate.ejections"
 local policies = require "tidegate.policy"
 
 local dat = ngx.shared.tidegate_dat
@@ -18,6 +19,7 @@ local exit = ngx.exit
 local exiting = ngx.worker.exiting
 local get_last_failure = balancer.get_last_failure
 local floor = math.floor
+local holds = ejections.holds
 local huge = math.huge
 local ipairs = ipairs
 local log = math.log
@@ -42,14 +44,11 @@ local GOLDEN = 0.6180339887498949
 local MAX_TRIES = 5
 local DRAIN_GRACE = 1.5     -- a task gets its SIGTERM 2 to 3 s after it is seen draining
 local REFUSING_LIMIT = 3    -- seconds to wait while peers are up that all refuse
-local EJECTION = 1
-local MAX_EJECTION = 8
-local FORGIVEN = 30         -- seconds after which an ejection's length starts anew
 
 local _M = {}
 
 local known = {}            -- upstream name → what this worker has made of its version
-local ejected = {}          -- "address:port" → {at, until_, length} in this worker
+local ejected = {}          -- "address:port" → what `ejections` keeps, in this worker
 local connections = {}      -- "address:port" → connections of this worker that are open
 local held, max_held = 0, 4096
 local direct = false
@@ -238,9 +237,7 @@ end
 
 
 local function is_ejected(upstream, index, at)
-    local ejection = ejected[key_of(upstream, index)]
-    -- A peer that has come up since is a new one.
-    return ejection ~= nil and at < ejection.until_ and upstream.peers[index].since <= ejection.at
+    return holds(ejected[key_of(upstream, index)], at, upstream.peers[index].since)
 end
 
 
@@ -274,17 +271,6 @@ local function choose(upstream, tried, fresh)
         index = find_other(upstream.up + upstream.draining, upstream.probing, 0)
     end
     return index
-end
-
-
-local function eject(key)
-    local at, before = now(), ejected[key]
-    if before and at < before.until_ then
-        return
-    end
-    local length = before and at < before.until_ + FORGIVEN
-        and min(before.length * 2, MAX_EJECTION) or EJECTION
-    ejected[key] = { at = at, until_ = at + length, length = length }
 end
 
 
@@ -337,7 +323,7 @@ end
 
 
 local function note_failure(name, state)
-    eject(state.key)
+    ejections.add(ejected, state.key)
     attached(state.key, -1)
     counters.add(name, counters.CONNECT_FAILURES)
     state.tried[state.key] = true
@@ -436,12 +422,7 @@ local function sweep(premature)
     if premature then
         return
     end
-    local at = now()
-    for key, ejection in pairs(ejected) do
-        if at > ejection.until_ + FORGIVEN then
-            ejected[key] = nil
-        end
-    end
+    ejections.sweep(ejected)
     for name in pairs(known) do
         if not exists(name) then
             known[name] = nil
