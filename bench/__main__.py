@@ -40,7 +40,7 @@ SWARM = ("rolling", "swarm-change", "swarm-idle")
 NAMES = (*SCENES, "change", "whole-path", *SWARM)
 ROUNDS = 5
 CHANGES = 100
-SCALINGS = 20
+SCALINGS = 100
 
 
 def proxies_section(proxies: Sequence[type[Proxy]], left_out: Sequence[str]) -> Section:

@@ -609,16 +609,20 @@ class _Load:
             self._connect(request)
             return
         idle = self._idle[address]
-        while idle:
-            connection = idle.popleft()
-            if not connection.is_closed():
-                connection.send(request)
-                return
-            self._reconnected.append(self.loop.time())
-            self.discard(connection)
-            self._connect(request)
+        if idle:
+            self._reuse(idle.popleft(), request)
+        else:
+            self._queue[address].append(request)
+
+    def _reuse(self, connection: _Connection, request: _Request) -> None:
+        """Send on a connection that is open as far as one can know at this moment, or a new one."""
+        if not connection.is_closed():
+            connection.send(request)
             return
-        self._queue[address].append(request)
+        self._reconnected.append(self.loop.time())
+        connection.close()
+        self._open[connection.target.address] -= 1
+        self._connect(request)
 
     def _connect(self, request: _Request) -> None:
         try:
@@ -678,7 +682,7 @@ class _Load:
             self._lingering[connection] = self.loop.time() + _LINGER_SECONDS
             self._serve_queue(address)
         elif self._queue[address]:
-            connection.send(self._queue[address].popleft())
+            self._reuse(connection, self._queue[address].popleft())
         else:
             self._idle[address].append(connection)
 

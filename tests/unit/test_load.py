@@ -200,11 +200,27 @@ def test_close_on_a_reused_connection_after_the_request_was_sent_is_a_failure_to
     assert result.reconnects == 0
 
 
+def last_answer(connection: socket.socket, *, after: float = 0) -> bool:
+    """The answer and the end of the connection in one segment: no request comes between them."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+    time.sleep(after)
+    answer(connection)
+    return False
+
+
 def test_close_of_an_idle_connection_is_a_reconnect_and_no_failure(serve):
-    server = serve(lambda c, n, k: answer(c) and False)
+    server = serve(lambda c, n, k: last_answer(c))
     result = run(Plan(urls=(server.url,), rate=50, seconds=0.4, connections=1))
     assert result.failed == 0
     # The last one may be noticed or not before the run ends.
+    assert 19 <= result.reconnects <= 20
+    assert result.connections == 20
+
+
+def test_closed_before_a_waiting_request_was_sent_is_a_reconnect_too(serve):
+    server = serve(lambda c, n, k: last_answer(c, after=0.05))
+    result = run(Plan(urls=(server.url,), rate=100, seconds=0.2, connections=1))
+    assert result.failed == 0
     assert 19 <= result.reconnects <= 20
     assert result.connections == 20
 
