@@ -1,0 +1,336 @@
+"""An engine in no swarm, and then a manager, reached over the network as a user would have it.
+
+What its socket shows as well is in tests/swarm/test_discovery.py.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.compile import compile_snapshot
+from agent.config.settings import Extension, Settings
+from agent.discovery.docker_api import Connector, DockerEngine
+from agent.errors import DiscoveryError
+from agent.model import Desired, InstanceState, Snapshot
+from tests.conftest import free_port
+from tests.engine.conftest import PORT, following, own_environment
+from tests.lab import machine
+from tests.lab.builder import APP
+from tests.lab.engine import ADDRESS_6, OTHER_ADDRESS, PlainEngine
+from tests.lab.util import wait_for
+from tests.swarm.test_discovery import Follower
+
+ROOT = Path(__file__).resolve().parents[2]
+
+Run = Callable[..., str]
+
+
+def over_tls(certs: Path, host: str = "", **more: Any) -> Settings:
+    """Settings for the engine, with all that is right unless said otherwise."""
+    values = {
+        "docker_url": f"tcp://{host or machine.node_address(1)}:{PORT}",
+        "tls_ca_cert": f"{certs}/ca.pem",
+        "tls_cert": f"{certs}/good.pem",
+        "tls_key": f"{certs}/good.key",
+        "sources": ("engine",),
+        "request_timeout": 10.0,
+    }
+    return Settings(**(values | more))  # type: ignore[arg-type]
+
+
+def overridden(certs: Path, address: str) -> Settings:
+    extension = Extension.model_validate({"BackendOverrideAddress": address})
+    return over_tls(certs, extensions=(extension,))
+
+
+def routed(name: str, port: int = 8080) -> list[str]:
+    """Labels of a container that serves NAME.local."""
+    return [f"--label=interlock.hostname={name}", f"--label=interlock.port={port}"]
+
+
+def desired(follower: Follower, settings: Settings) -> Desired:
+    source = follower.published[-1][1]
+    return compile_snapshot(Snapshot({source.source: source}), settings)
+
+
+def places(follower: Follower, settings: Settings, name: str) -> set[tuple[str, int]]:
+    """Where the peers of NAME.local are."""
+    upstream = desired(follower, settings).membership.upstreams.get(f"{name}.local/")
+    return {(peer.address, peer.port) for peer in upstream.peers} if upstream else set()
+
+
+def served_by(place: tuple[str, int]) -> str:
+    """Host name of the container that answers there."""
+    connection = http.client.HTTPConnection(*place, timeout=10)
+    try:
+        connection.request("GET", "/")
+        return str(json.loads(connection.getresponse().read())["hostname"])
+    finally:
+        connection.close()
+
+
+def check(engine: PlainEngine, **environment: str) -> dict[str, str]:
+    """What `tidegate check` says of the engine, and how it ends, in the client's network."""
+    done = subprocess.run(
+        [
+            *("nsenter", f"--net={machine.NETNS_DIR / engine.client}"),
+            *(sys.executable, "-m", "agent.cli", "check", "--json"),
+        ],
+        cwd=ROOT,
+        env=own_environment(**environment),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    found = json.loads(done.stdout)
+    return {item["subject"]: f"{item['level']}: {item['text']}" for item in found}
+
+
+class TestTls:
+    def test_list_and_events_come_over_it_and_what_is_published_is_reached(
+        self, engine: PlainEngine, certs: Path, run: Run
+    ) -> None:
+        first = run("first", "--publish=18061:8080", *routed("first"), APP)
+        settings = over_tls(certs)
+        with following(engine, settings) as follower:
+            assert follower.up(1, "first"), "it was listed"
+            assert follower.source.status.mode == "events"
+            second = run("second", "--publish=18062:8080", *routed("second"), APP)
+            wait_for(lambda: follower.up(1, "second"), 10, "it was heard of")
+            for name, identity, port in (("first", first, 18061), ("second", second, 18062)):
+                (place,) = places(follower, settings, name)
+                assert place == (engine.address, port)
+                answers = engine.seen_from(engine.client, lambda place=place: served_by(place))
+                assert identity.startswith(answers)
+            engine.docker("stop", "--time=5", "second")
+            wait_for(lambda: follower.workload("second") is None, 10, "it is gone")
+            assert follower.first_seen(second, InstanceState.DRAINING)
+            assert follower.source.status.last_error == ""
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"DOCKER_CERT_PATH": "{certs}"},
+            {"DOCKER_CERT_PATH": "{certs}", "DOCKER_TLS_VERIFY": "1"},
+            {"DOCKER_TLS_VERIFY": "1", "HOME": "{home}"},
+        ],
+        ids=["path", "path-and-verify", "verify"],
+    )
+    def test_dockers_environment_is_enough(
+        self, engine: PlainEngine, certs: Path, tmp_path: Path, given: dict[str, str]
+    ) -> None:
+        (tmp_path / ".docker").symlink_to(certs)
+        environment = {k: v.format(certs=certs, home=tmp_path) for k, v in given.items()}
+        host = f"tcp://{engine.address}:{PORT}"
+        told = check(engine, DOCKER_HOST=host, **environment)
+        assert told["engine"].startswith("ok: version ")
+        told = check(engine, DOCKER_HOST=f"tcp://{OTHER_ADDRESS}:{PORT}", **environment)
+        assert told["engine"].startswith("failed: ")
+        assert "its certificate is for another name" in told["engine"], "it was verified"
+
+    @pytest.mark.parametrize(
+        ("wrong", "says"),
+        [
+            (
+                {"tls_ca_cert": "{certs}/other.pem"},
+                r"certificate is not of TLSCACert \S*other.pem .*; name the CA that signed it as "
+                "TLSCACert, or set AllowInsecure",
+            ),
+            ({"tls_ca_cert": ""}, "certificate is not of a public CA .*; name the CA"),
+            ({"host": OTHER_ADDRESS}, "is for another name .*198.18.0.200.*; connect by a name"),
+            (
+                {"tls_cert": "{certs}/late.pem", "tls_key": "{certs}/late.key"},
+                r"TLSCert \S*/late.pem has expired; renew it",
+            ),
+            (
+                {"tls_cert": "{certs}/foreign.pem", "tls_key": "{certs}/foreign.key"},
+                r"it refuses TLSCert \S*/foreign.pem .*has to be of a CA which it trusts",
+            ),
+            ({"tls_cert": "", "tls_key": ""}, "set TLSCert and TLSKey"),
+            ({"tls_key": ""}, "TLSCert is of no use without TLSKey; give both"),
+            ({"tls_key": "{certs}/late.key"}, r"TLSKey \S*late.key is not the key of TLSCert"),
+            ({"tls_ca_cert": "{certs}/none.pem"}, r"TLSCACert \S*none.pem cannot be read: no such"),
+            ({"tls_ca_cert": "{certs}/good.key"}, "holds no certificate in PEM form"),
+            (
+                {"tls_ca_cert": "", "tls_cert": "", "tls_key": ""},
+                "it speaks TLS there; set TLSCACert, TLSCert and TLSKey",
+            ),
+        ],
+        ids=[
+            *("wrong-ca", "no-ca", "wrong-name", "expired", "foreign", "no-certificate"),
+            *("no-key", "other-key", "no-file", "no-pem", "no-tls"),
+        ],
+    )
+    def test_what_is_wrong_is_told_with_the_place_and_the_cure(
+        self, engine: PlainEngine, certs: Path, wrong: dict[str, str], says: str
+    ) -> None:
+        given = {key: value.format(certs=certs) for key, value in wrong.items()}
+        settings = over_tls(certs, **given)
+        with pytest.raises(DiscoveryError, match=says) as caught:
+            engine.seen_from(engine.client, lambda: DockerEngine(settings))
+        assert settings.docker_url in str(caught.value)
+
+    def test_allow_insecure_verifies_nothing_and_is_told_once(
+        self, engine: PlainEngine, certs: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        settings = over_tls(certs, tls_ca_cert=f"{certs}/other.pem", allow_insecure=True)
+
+        def ask() -> str:
+            connected = Connector(settings)()
+            for _ in range(3):
+                connected.get("/info")
+            connected.close()
+            return connected.version
+
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert engine.seen_from(engine.client, ask)
+        assert [str(one.message) for one in said] == []
+        assert caplog.text.count("AllowInsecure") == 1
+
+    def test_an_engine_can_be_reached_by_ipv6(
+        self, engine: PlainEngine, certs: Path, run: Run
+    ) -> None:
+        identity = run("six", "--publish=18063:8080", *routed("six"), APP)
+        settings = over_tls(certs, f"[{ADDRESS_6}]")
+        with following(engine, settings) as follower:
+            assert places(follower, settings, "six") == {(ADDRESS_6, 18063)}
+        answers = engine.seen_from(engine.client, lambda: served_by((ADDRESS_6, 18063)))
+        assert identity.startswith(answers)
+
+    def test_an_address_where_nobody_is_gives_way_to_the_next(
+        self, engine: PlainEngine, certs: Path, run: Run
+    ) -> None:
+        run("kept", "--publish=18064:8080", *routed("kept"), APP)
+        nobody = f"tcp://{engine.address}:{free_port()}"
+        stranger = f"tcp://{OTHER_ADDRESS}:{PORT}"
+        good = f"tcp://{engine.address}:{PORT}"
+        settings = over_tls(certs, docker_url=f"{nobody},{stranger},{good}")
+        with following(engine, settings) as follower:
+            assert follower.up(1, "kept")
+        settings = over_tls(certs, docker_url=f"{nobody},{stranger}")
+        with pytest.raises(DiscoveryError, match=f"{nobody} .*; .*{stranger} .* another name"):
+            engine.seen_from(engine.client, lambda: Connector(settings)())
+
+
+class TestWhereContainersAreReached:
+    @pytest.fixture(name="follower")
+    def _follower(self, engine: PlainEngine, certs: Path) -> Iterator[Follower]:
+        with following(engine, over_tls(certs)) as follower:
+            yield follower
+
+    @pytest.mark.parametrize("address", [OTHER_ADDRESS, ADDRESS_6])
+    def test_the_override_address_takes_the_place_of_the_nodes(
+        self, engine: PlainEngine, certs: Path, run: Run, follower: Follower, address: str
+    ) -> None:
+        identity = run("over", "--publish=18065:8080", *routed("over"), APP)
+        wait_for(lambda: follower.up(1, "over"), 10, "it is up")
+        place = (address, 18065)
+        assert places(follower, overridden(certs, address), "over") == {place}
+        assert identity.startswith(engine.seen_from(engine.client, lambda: served_by(place)))
+
+    def test_a_port_that_is_bound_to_one_address_is_reached_at_that(
+        self, engine: PlainEngine, certs: Path, run: Run, follower: Follower
+    ) -> None:
+        bound = {"four": OTHER_ADDRESS, "six": ADDRESS_6, "loop": "::1"}
+        made = {}
+        for port, (name, address) in enumerate(bound.items(), 18066):
+            host = f"[{address}]" if ":" in address else address
+            made[name] = run(name, f"--publish={host}:{port}:8080", *routed(name), APP)
+            wait_for(lambda name=name: follower.up(1, name), 10, f"{name} is up")
+        # The override is for ports that are bound to all addresses, as it was in Interlock.
+        settings = overridden(certs, "192.0.2.1")
+        for port, (name, address) in enumerate(bound.items(), 18066):
+            assert places(follower, settings, name) == {(address, port)}
+            place = (address, port)
+            near = engine.node if name == "loop" else engine.client
+            assert made[name].startswith(
+                engine.seen_from(near, lambda place=place: served_by(place))
+            )
+
+    def test_udp_is_no_port(self, certs: Path, run: Run, follower: Follower) -> None:
+        run("udp", "--publish=18069:8080/udp", *routed("udp"), APP)
+        run("both", "--publish=18070:8080/udp", "--publish=18071:8080", *routed("both"), APP)
+        wait_for(lambda: follower.up(1, "udp") and follower.up(1, "both"), 10, "they are up")
+        settings = over_tls(certs)
+        assert places(follower, settings, "both") == {("198.18.0.11", 18071)}
+        assert places(follower, settings, "udp") == set()
+        (rejection,) = desired(follower, settings).rejections
+        assert "udp" in rejection.subject
+
+    def test_in_the_hosts_network_it_is_reached_at_its_node(
+        self, engine: PlainEngine, certs: Path, run: Run, follower: Follower
+    ) -> None:
+        run("hosted", "--network=host", "--env=LISTEN=18072", *routed("hosted", 18072), APP)
+        wait_for(lambda: follower.up(1, "hosted"), 10, "it is up")
+        (place,) = places(follower, over_tls(certs), "hosted")
+        assert place == (engine.address, 18072)
+        wait_for(
+            lambda: engine.seen_from(engine.client, lambda: served_by(place)), 10, "it answers"
+        )
+
+    def test_membership_follows_pause_health_kill_and_a_new_name(
+        self, engine: PlainEngine, certs: Path, run: Run, follower: Follower
+    ) -> None:
+        """What takes a container out of its upstream, and what brings it back."""
+        settings = over_tls(certs)
+        checked = ("--health-cmd=test ! -e /tmp/bad", "--health-interval=500ms")
+        publish = "--publish=18073:8080"
+        run("moody", publish, *routed("moody"), *checked, "--health-retries=1", APP)
+
+        def serves() -> bool:
+            return places(follower, settings, "moody") == {(engine.address, 18073)}
+
+        def comes_back(after: str) -> None:
+            wait_for(serves, 15, f"it serves again after {after}")
+
+        wait_for(serves, 15, "its check has passed")
+        for out, back in (
+            (("pause", "moody"), ("unpause", "moody")),
+            (("exec", "moody", "touch", "/tmp/bad"), ("exec", "moody", "rm", "/tmp/bad")),
+            (("kill", "moody"), ("start", "moody")),
+        ):
+            engine.docker(*out)
+            wait_for(lambda: not serves(), 15, f"{' '.join(out)} takes it out")
+            engine.docker(*back)
+            comes_back(" ".join(back))
+        engine.docker("rename", "moody", "merry")
+        wait_for(lambda: follower.workload("merry"), 10, "its new name")
+        assert serves(), "which changes nothing for its upstream"
+        engine.docker("rename", "merry", "moody")
+
+
+class TestManagerOverTheNetwork:
+    @pytest.fixture(name="manager")
+    def _manager(self, engine: PlainEngine) -> Iterator[PlainEngine]:
+        engine.docker("swarm", "init", f"--advertise-addr={engine.address}")
+        yield engine
+        engine.docker("swarm", "leave", "--force")
+
+    @pytest.mark.parametrize("sources", [("swarm",), ("auto",)])
+    def test_it_is_polled_for_its_watch_is_a_local_socket_and_that_is_said(
+        self, manager: PlainEngine, certs: Path, tmp_path: Path, sources: tuple[str, ...]
+    ) -> None:
+        socket = str(tmp_path / "control.sock")
+        settings = over_tls(certs, sources=sources, watch_socket=socket)
+        with following(manager, settings) as follower:
+            status = follower.source.status
+            assert (status.name, status.mode) == ("swarm", "poll")
+            assert f"there is no socket {socket}" in status.mode_reason
+            manager.docker(
+                *("service", "create", "--detach", "--no-resolve-image", "--name=web"),
+                *("--publish=mode=host,target=8080,published=18074", APP),
+            )
+            wait_for(lambda: follower.up(1, "web"), 30, "its task")
+            manager.docker("service", "rm", "web")
+            wait_for(lambda: follower.workload("web") is None, 30, "it is gone")
+            wait_for(lambda: not manager.docker("ps", "--quiet"), 30, "and its container")
