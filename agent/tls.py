@@ -150,11 +150,14 @@ def _refused(client: Client, *, said: str) -> str:
         return f"it refuses ours, for {client.shown} has expired; renew it"
     if judged == _NOT_YET_VALID:
         return f"it refuses ours, for {client.shown} is not valid yet; set the clocks right"
-    if not said:
-        return ""
+    if "ALERT" not in said:
+        return (
+            f"it closes the connection without a word; if it goes on doing that, {client.shown} is "
+            "not of a CA that it trusts"
+        )
     words = said.partition("ALERT_")[2].replace("_", " ").lower()
     return (
-        f"it refuses {client.shown} ({words}); that has to be of a CA which it trusts, and for the "
+        f"it refuses {client.shown} ({words}); that has to be of a CA that it trusts, and for the "
         "use by clients"
     )
 

@@ -56,7 +56,7 @@ def engine(certs: Path) -> Iterator[PlainEngine]:
     require(not missing, "; ".join(missing))
     with plain_engine(
         own_lab("engine"),
-        *(f"--host=tcp://0.0.0.0:{PORT}", f"--host=tcp://[{ADDRESS_6}]:{PORT}", "--tlsverify"),
+        *(f"--host=tcp://0.0.0.0:{PORT}", "--tlsverify"),  # which is IPv6 too
         *(f"--tlscacert={certs}/ca.pem", f"--tlscert={certs}/server.pem"),
         *(f"--tlskey={certs}/server.key", "--ipv6", f"--fixed-cidr-v6={CONTAINERS_6}"),
     ) as running:

@@ -57,6 +57,11 @@ def routed(name: str, port: int = 8080) -> list[str]:
     return [f"--label=interlock.hostname={name}", f"--label=interlock.port={port}"]
 
 
+def on(address: str) -> list[str]:
+    """What a container is told to listen on all addresses of that kind, as a proxy will use it."""
+    return ["--env=LISTEN=:::8080"] if ":" in address else []
+
+
 def desired(follower: Follower, settings: Settings) -> Desired:
     source = follower.published[-1][1]
     return compile_snapshot(Snapshot({source.source: source}), settings)
@@ -68,14 +73,25 @@ def places(follower: Follower, settings: Settings, name: str) -> set[tuple[str, 
     return {(peer.address, peer.port) for peer in upstream.peers} if upstream else set()
 
 
-def served_by(place: tuple[str, int]) -> str:
-    """Host name of the container that answers there."""
-    connection = http.client.HTTPConnection(*place, timeout=10)
-    try:
-        connection.request("GET", "/")
-        return str(json.loads(connection.getresponse().read())["hostname"])
-    finally:
-        connection.close()
+def served_by(engine: PlainEngine, place: tuple[str, int], *, near: bool = False) -> str:
+    """Id, in short, of the container that answers there, once it does.
+
+    Args:
+        near: asked for on the engine's own node, else over the network.
+    """
+
+    def ask() -> str:
+        connection = http.client.HTTPConnection(*place, timeout=5)
+        try:
+            connection.request("GET", "/")
+            return str(json.loads(connection.getresponse().read())["hostname"])
+        finally:
+            connection.close()
+
+    def wait() -> str:
+        return wait_for(ask, 15, f"{place} answers")
+
+    return engine.seen_from(engine.node if near else engine.client, wait)
 
 
 def check(engine: PlainEngine, **environment: str) -> dict[str, str]:
@@ -91,7 +107,7 @@ def check(engine: PlainEngine, **environment: str) -> dict[str, str]:
         text=True,
         timeout=60,
     )
-    found = json.loads(done.stdout)
+    found = json.loads(done.stdout)["findings"]
     return {item["subject"]: f"{item['level']}: {item['text']}" for item in found}
 
 
@@ -109,8 +125,7 @@ class TestTls:
             for name, identity, port in (("first", first, 18061), ("second", second, 18062)):
                 (place,) = places(follower, settings, name)
                 assert place == (engine.address, port)
-                answers = engine.seen_from(engine.client, lambda place=place: served_by(place))
-                assert identity.startswith(answers)
+                assert identity.startswith(served_by(engine, place))
             engine.docker("stop", "--time=5", "second")
             wait_for(lambda: follower.workload("second") is None, 10, "it is gone")
             assert follower.first_seen(second, InstanceState.DRAINING)
@@ -153,7 +168,7 @@ class TestTls:
             ),
             (
                 {"tls_cert": "{certs}/foreign.pem", "tls_key": "{certs}/foreign.key"},
-                r"it refuses TLSCert \S*/foreign.pem .*has to be of a CA which it trusts",
+                r"TLSCert \S*/foreign.pem .*of a CA that it trusts",
             ),
             ({"tls_cert": "", "tls_key": ""}, "set TLSCert and TLSKey"),
             ({"tls_key": ""}, "TLSCert is of no use without TLSKey; give both"),
@@ -200,12 +215,11 @@ class TestTls:
     def test_an_engine_can_be_reached_by_ipv6(
         self, engine: PlainEngine, certs: Path, run: Run
     ) -> None:
-        identity = run("six", "--publish=18063:8080", *routed("six"), APP)
+        identity = run("six", "--publish=18063:8080", *routed("six"), *on(ADDRESS_6), APP)
         settings = over_tls(certs, f"[{ADDRESS_6}]")
         with following(engine, settings) as follower:
             assert places(follower, settings, "six") == {(ADDRESS_6, 18063)}
-        answers = engine.seen_from(engine.client, lambda: served_by((ADDRESS_6, 18063)))
-        assert identity.startswith(answers)
+        assert identity.startswith(served_by(engine, (ADDRESS_6, 18063)))
 
     def test_an_address_where_nobody_is_gives_way_to_the_next(
         self, engine: PlainEngine, certs: Path, run: Run
@@ -232,11 +246,11 @@ class TestWhereContainersAreReached:
     def test_the_override_address_takes_the_place_of_the_nodes(
         self, engine: PlainEngine, certs: Path, run: Run, follower: Follower, address: str
     ) -> None:
-        identity = run("over", "--publish=18065:8080", *routed("over"), APP)
+        identity = run("over", "--publish=18065:8080", *routed("over"), *on(address), APP)
         wait_for(lambda: follower.up(1, "over"), 10, "it is up")
         place = (address, 18065)
         assert places(follower, overridden(certs, address), "over") == {place}
-        assert identity.startswith(engine.seen_from(engine.client, lambda: served_by(place)))
+        assert identity.startswith(served_by(engine, place))
 
     def test_a_port_that_is_bound_to_one_address_is_reached_at_that(
         self, engine: PlainEngine, certs: Path, run: Run, follower: Follower
@@ -245,17 +259,14 @@ class TestWhereContainersAreReached:
         made = {}
         for port, (name, address) in enumerate(bound.items(), 18066):
             host = f"[{address}]" if ":" in address else address
-            made[name] = run(name, f"--publish={host}:{port}:8080", *routed(name), APP)
+            publish = f"--publish={host}:{port}:8080"
+            made[name] = run(name, publish, *routed(name), *on(address), APP)
             wait_for(lambda name=name: follower.up(1, name), 10, f"{name} is up")
         # The override is for ports that are bound to all addresses, as it was in Interlock.
         settings = overridden(certs, "192.0.2.1")
         for port, (name, address) in enumerate(bound.items(), 18066):
             assert places(follower, settings, name) == {(address, port)}
-            place = (address, port)
-            near = engine.node if name == "loop" else engine.client
-            assert made[name].startswith(
-                engine.seen_from(near, lambda place=place: served_by(place))
-            )
+            assert made[name].startswith(served_by(engine, (address, port), near=name == "loop"))
 
     def test_udp_is_no_port(self, certs: Path, run: Run, follower: Follower) -> None:
         run("udp", "--publish=18069:8080/udp", *routed("udp"), APP)
@@ -274,9 +285,7 @@ class TestWhereContainersAreReached:
         wait_for(lambda: follower.up(1, "hosted"), 10, "it is up")
         (place,) = places(follower, over_tls(certs), "hosted")
         assert place == (engine.address, 18072)
-        wait_for(
-            lambda: engine.seen_from(engine.client, lambda: served_by(place)), 10, "it answers"
-        )
+        assert served_by(engine, place)
 
     def test_membership_follows_pause_health_kill_and_a_new_name(
         self, engine: PlainEngine, certs: Path, run: Run, follower: Follower

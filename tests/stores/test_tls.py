@@ -78,7 +78,7 @@ def test_a_change_is_heard_of_over_tls(server: Any, certs: Path) -> None:
         (
             {"client": "foreign"},
             "127.0.0.1",
-            r"refuses --discovery-tls-cert \S*foreign.pem .*of a CA which it trusts",
+            r"--discovery-tls-cert \S*foreign.pem .*of a CA that it trusts",
         ),
         ({"client": ""}, "127.0.0.1", "set --discovery-tls-cert and --discovery-tls-key"),
     ],
