@@ -317,6 +317,28 @@ class TestWhereContainersAreReached:
         assert serves(), "which changes nothing for its upstream"
         engine.docker("rename", "merry", "moody")
 
+    def test_membership_follows_the_network_that_is_named(
+        self, engine: PlainEngine, certs: Path, run: Run, follower: Follower
+    ) -> None:
+        settings = over_tls(certs)
+        engine.docker("network", "create", "named")
+        try:
+            labels = (*routed("netted"), "--label=interlock.network=named")
+            identity = run("netted", "--network=named", *labels, APP)
+            (place,) = wait_for(lambda: places(follower, settings, "netted"), 10, "it is up")
+            assert identity.startswith(served_by(engine, place, near=True))
+            engine.docker("network", "connect", "bridge", "netted")
+            engine.docker("network", "disconnect", "named", "netted")
+            wait_for(lambda: not places(follower, settings, "netted"), 10, "it is off the network")
+            engine.docker("network", "connect", "named", "netted")
+            (place,) = wait_for(
+                lambda: places(follower, settings, "netted"), 10, "it is on it again"
+            )
+            assert identity.startswith(served_by(engine, place, near=True))
+        finally:
+            engine.docker("rm", "--force", "netted", check=False)
+            engine.docker("network", "rm", "named")
+
 
 class TestManagerOverTheNetwork:
     @pytest.fixture(name="manager")
