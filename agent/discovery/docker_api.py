@@ -164,7 +164,10 @@ def addresses(settings: Settings) -> tuple[str, ...]:
     DockerURL, else DOCKER_HOST, either with commas between several; else the local socket.
     """
     text = settings.docker_url or os.environ.get("DOCKER_HOST", "")
-    return tuple(filter(None, (part.strip() for part in text.split(",")))) or (DEFAULT_URL,)
+    parts = filter(None, (part.strip() for part in text.split(",")))
+    # The library takes HOST:PORT for tcp too, and whether TLS is spoken hangs on the scheme.
+    urls = (part if "://" in part or part.startswith("/") else f"tcp://{part}" for part in parts)
+    return tuple(urls) or (DEFAULT_URL,)
 
 
 class Connector:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -104,7 +107,20 @@ def following(engine: PlainEngine, options: Settings) -> Iterator[Follower]:
         assert not thread.is_alive()
 
 
-def own_environment(**more: str) -> dict[str, str]:
-    """What a process of the agent is given: nothing of Docker's but what the test says."""
+def checked(*prefix: str, **environment: str) -> dict[str, str]:
+    """What `tidegate check` says of each subject; of Docker's environment it has this alone.
+
+    Args:
+        prefix: the command that it is run by.
+    """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("DOCKER_", "TIDEGATE_"))}
-    return kept | more
+    done = subprocess.run(
+        [*prefix, sys.executable, "-m", "agent.cli", "check", "--json"],
+        cwd=_HERE.parents[1],
+        env=kept | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    found = json.loads(done.stdout)["findings"]
+    return {item["subject"]: f"{item['level']}: {item['text']}" for item in found}

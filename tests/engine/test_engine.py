@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,14 +20,14 @@ from agent.discovery.docker_api import Connector, DockerEngine
 from agent.errors import DiscoveryError
 from agent.model import Desired, InstanceState, Snapshot
 from tests.conftest import free_port
-from tests.engine.conftest import PORT, following, own_environment
+from tests.engine.conftest import PORT, checked, following
 from tests.lab import machine
 from tests.lab.builder import APP
 from tests.lab.engine import ADDRESS_6, OTHER_ADDRESS, PlainEngine
 from tests.lab.util import wait_for
 from tests.swarm.test_discovery import Follower
 
-ROOT = Path(__file__).resolve().parents[2]
+SETTLE = 30.0
 
 Run = Callable[..., str]
 
@@ -89,26 +87,14 @@ def served_by(engine: PlainEngine, place: tuple[str, int], *, near: bool = False
             connection.close()
 
     def wait() -> str:
-        return wait_for(ask, 15, f"{place} answers")
+        return wait_for(ask, SETTLE, f"{place} answers")
 
     return engine.seen_from(engine.node if near else engine.client, wait)
 
 
 def check(engine: PlainEngine, **environment: str) -> dict[str, str]:
-    """What `tidegate check` says of the engine, and how it ends, in the client's network."""
-    done = subprocess.run(
-        [
-            *("nsenter", f"--net={machine.NETNS_DIR / engine.client}"),
-            *(sys.executable, "-m", "agent.cli", "check", "--json"),
-        ],
-        cwd=ROOT,
-        env=own_environment(**environment),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    found = json.loads(done.stdout)["findings"]
-    return {item["subject"]: f"{item['level']}: {item['text']}" for item in found}
+    """What `tidegate check` says in the client's network."""
+    return checked("nsenter", f"--net={machine.NETNS_DIR / engine.client}", **environment)
 
 
 class TestTls:
@@ -121,13 +107,13 @@ class TestTls:
             assert follower.up(1, "first"), "it was listed"
             assert follower.source.status.mode == "events"
             second = run("second", "--publish=18062:8080", *routed("second"), APP)
-            wait_for(lambda: follower.up(1, "second"), 10, "it was heard of")
+            wait_for(lambda: follower.up(1, "second"), SETTLE, "it was heard of")
             for name, identity, port in (("first", first, 18061), ("second", second, 18062)):
                 (place,) = places(follower, settings, name)
                 assert place == (engine.address, port)
                 assert identity.startswith(served_by(engine, place))
             engine.docker("stop", "--time=5", "second")
-            wait_for(lambda: follower.workload("second") is None, 10, "it is gone")
+            wait_for(lambda: follower.workload("second") is None, SETTLE, "it is gone")
             assert follower.first_seen(second, InstanceState.DRAINING)
             assert follower.source.status.last_error == ""
 
@@ -247,7 +233,7 @@ class TestWhereContainersAreReached:
         self, engine: PlainEngine, certs: Path, run: Run, follower: Follower, address: str
     ) -> None:
         identity = run("over", "--publish=18065:8080", *routed("over"), *on(address), APP)
-        wait_for(lambda: follower.up(1, "over"), 10, "it is up")
+        wait_for(lambda: follower.up(1, "over"), SETTLE, "it is up")
         place = (address, 18065)
         assert places(follower, overridden(certs, address), "over") == {place}
         assert identity.startswith(served_by(engine, place))
@@ -261,7 +247,7 @@ class TestWhereContainersAreReached:
             host = f"[{address}]" if ":" in address else address
             publish = f"--publish={host}:{port}:8080"
             made[name] = run(name, publish, *routed(name), *on(address), APP)
-            wait_for(lambda name=name: follower.up(1, name), 10, f"{name} is up")
+            wait_for(lambda name=name: follower.up(1, name), SETTLE, f"{name} is up")
         # The override is for ports that are bound to all addresses, as it was in Interlock.
         settings = overridden(certs, "192.0.2.1")
         for port, (name, address) in enumerate(bound.items(), 18066):
@@ -271,7 +257,7 @@ class TestWhereContainersAreReached:
     def test_udp_is_no_port(self, certs: Path, run: Run, follower: Follower) -> None:
         run("udp", "--publish=18069:8080/udp", *routed("udp"), APP)
         run("both", "--publish=18070:8080/udp", "--publish=18071:8080", *routed("both"), APP)
-        wait_for(lambda: follower.up(1, "udp") and follower.up(1, "both"), 10, "they are up")
+        wait_for(lambda: follower.up(1, "udp") and follower.up(1, "both"), SETTLE, "they are up")
         settings = over_tls(certs)
         assert places(follower, settings, "both") == {("198.18.0.11", 18071)}
         assert places(follower, settings, "udp") == set()
@@ -282,7 +268,7 @@ class TestWhereContainersAreReached:
         self, engine: PlainEngine, certs: Path, run: Run, follower: Follower
     ) -> None:
         run("hosted", "--network=host", "--env=LISTEN=18072", *routed("hosted", 18072), APP)
-        wait_for(lambda: follower.up(1, "hosted"), 10, "it is up")
+        wait_for(lambda: follower.up(1, "hosted"), SETTLE, "it is up")
         (place,) = places(follower, over_tls(certs), "hosted")
         assert place == (engine.address, 18072)
         assert served_by(engine, place)
@@ -300,20 +286,20 @@ class TestWhereContainersAreReached:
             return places(follower, settings, "moody") == {(engine.address, 18073)}
 
         def comes_back(after: str) -> None:
-            wait_for(serves, 15, f"it serves again after {after}")
+            wait_for(serves, SETTLE, f"it serves again after {after}")
 
-        wait_for(serves, 15, "its check has passed")
+        wait_for(serves, SETTLE, "its check has passed")
         for out, back in (
             (("pause", "moody"), ("unpause", "moody")),
             (("exec", "moody", "touch", "/tmp/bad"), ("exec", "moody", "rm", "/tmp/bad")),
             (("kill", "moody"), ("start", "moody")),
         ):
             engine.docker(*out)
-            wait_for(lambda: not serves(), 15, f"{' '.join(out)} takes it out")
+            wait_for(lambda: not serves(), SETTLE, f"{' '.join(out)} takes it out")
             engine.docker(*back)
             comes_back(" ".join(back))
         engine.docker("rename", "moody", "merry")
-        wait_for(lambda: follower.workload("merry"), 10, "its new name")
+        wait_for(lambda: follower.workload("merry"), SETTLE, "its new name")
         assert serves(), "which changes nothing for its upstream"
         engine.docker("rename", "merry", "moody")
 
@@ -325,14 +311,16 @@ class TestWhereContainersAreReached:
         try:
             labels = (*routed("netted"), "--label=interlock.network=named")
             identity = run("netted", "--network=named", *labels, APP)
-            (place,) = wait_for(lambda: places(follower, settings, "netted"), 10, "it is up")
+            (place,) = wait_for(lambda: places(follower, settings, "netted"), SETTLE, "it is up")
             assert identity.startswith(served_by(engine, place, near=True))
             engine.docker("network", "connect", "bridge", "netted")
             engine.docker("network", "disconnect", "named", "netted")
-            wait_for(lambda: not places(follower, settings, "netted"), 10, "it is off the network")
+            wait_for(
+                lambda: not places(follower, settings, "netted"), SETTLE, "it is off the network"
+            )
             engine.docker("network", "connect", "named", "netted")
             (place,) = wait_for(
-                lambda: places(follower, settings, "netted"), 10, "it is on it again"
+                lambda: places(follower, settings, "netted"), SETTLE, "it is on it again"
             )
             assert identity.startswith(served_by(engine, place, near=True))
         finally:

@@ -10,6 +10,7 @@ import pytest
 from agent.discovery import build_sources
 from agent.errors import DiscoveryError
 from agent.model import InstanceState
+from tests.engine.conftest import checked
 from tests.lab import Lab, Node, wait_for
 from tests.lab.builder import APP
 from tests.swarm.pair import own_lab
@@ -92,6 +93,8 @@ def test_a_manager_that_is_demoted_gives_way_to_the_next(managers: Lab) -> None:
             # And whoever starts now passes the worker by.
             (source,) = build_sources(options)
             assert source.read_once().workloads
+            told = checked(DOCKER_HOST=urls(second, first))
+            assert told["swarm"].startswith("ok: ")
             (alone,) = build_sources(settings(second, watch="off"))
             with pytest.raises(DiscoveryError, match="worker of its swarm"):
                 alone.read_once()

@@ -321,6 +321,7 @@ class TestAddresses:
         monkeypatch.setenv("DOCKER_HOST", "tcp://a:1,tcp://b:1")
         assert addresses(Settings()) == ("tcp://a:1", "tcp://b:1")
         assert addresses(Settings(docker_url="tcp://c:1, tcp://d:1,")) == ("tcp://c:1", "tcp://d:1")
+        assert addresses(Settings(docker_url="e:1,/f.sock")) == ("tcp://e:1", "/f.sock")
 
     def test_the_next_is_tried_when_one_fails_and_then_kept(
         self, dockerd: Dockerd, tmp_path: Path
