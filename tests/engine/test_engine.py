@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
+import socket as unix
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from agent.compile import compile_snapshot
 from agent.config.settings import Extension, Settings
-from agent.discovery.docker_api import Connector, DockerEngine
+from agent.discovery.docker_api import CALLS, Connector, DockerEngine
 from agent.errors import DiscoveryError
 from agent.model import Desired, InstanceState, Snapshot
 from tests.conftest import free_port
@@ -25,6 +31,7 @@ from tests.lab import machine
 from tests.lab.builder import APP
 from tests.lab.engine import ADDRESS_6, OTHER_ADDRESS, PlainEngine
 from tests.lab.util import wait_for
+from tests.swarm import test_discovery as discovery
 from tests.swarm.test_discovery import Follower
 
 SETTLE = 30.0
@@ -95,6 +102,55 @@ def served_by(engine: PlainEngine, place: tuple[str, int], *, near: bool = False
 def check(engine: PlainEngine, **environment: str) -> dict[str, str]:
     """What `tidegate check` says in the client's network."""
     return checked("nsenter", f"--net={machine.NETNS_DIR / engine.client}", **environment)
+
+
+class FilteringProxy:
+    """Passes on GET of the paths allowed, by a connection each, and remembers what it denied."""
+
+    def __init__(self, socket: Path) -> None:
+        self.allowed = set(CALLS)
+        self.denied: list[str] = []
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                path = re.sub(r"^/v[0-9.]+(?=/)", "", urlsplit(self.path).path)
+                form = re.sub(r"^/(containers|networks)/(?!json$)[^/]+", r"/\1/{id}", path)
+                if form not in proxy.allowed:
+                    proxy.denied.append(path)
+                    self.send_error(403)
+                    return
+                self.close_connection = True
+                with closing(unix.socket(unix.AF_UNIX)) as engine:
+                    engine.connect(str(socket))
+                    engine.sendall(
+                        f"GET {self.path} HTTP/1.1\r\nHost: engine\r\n"
+                        "Connection: close\r\n\r\n".encode()
+                    )
+                    with suppress(OSError):
+                        while data := engine.recv(65536):
+                            self.wfile.write(data)
+
+            def log_message(self, *_: object) -> None:
+                """Nothing: the tests look at `denied`."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._server.block_on_close = False
+
+    @property
+    def settings(self) -> Settings:
+        """Those of an agent that has this proxy for its engine."""
+        port = self._server.server_address[1]
+        return Settings(docker_url=f"tcp://127.0.0.1:{port}", sources=("engine",))
+
+    def __enter__(self) -> FilteringProxy:
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
 
 
 class TestTls:
@@ -326,6 +382,41 @@ class TestWhereContainersAreReached:
         finally:
             engine.docker("rm", "--force", "netted", check=False)
             engine.docker("network", "rm", "named")
+
+
+class TestThroughAFilteringProxy:
+    """A proxy in front of the engine's socket that lets by what docs/discovery.md asks for."""
+
+    @pytest.fixture(name="proxy")
+    def _proxy(self, engine: PlainEngine) -> Iterator[FilteringProxy]:
+        with FilteringProxy(engine.socket) as proxy:
+            yield proxy
+
+    def test_what_is_promised_is_enough(
+        self, engine: PlainEngine, run: Run, proxy: FilteringProxy
+    ) -> None:
+        with discovery.following(proxy.settings) as follower:
+            run("let", "--publish=18075:8080", *routed("let"), APP)
+            wait_for(lambda: follower.up(1, "let"), SETTLE, "it was heard of")
+            assert follower.source.status.mode == "events"
+            assert places(follower, proxy.settings, "let") == {("127.0.0.1", 18075)}
+        assert proxy.denied == []
+
+    def test_where_events_are_cut_polling_is_the_way_out(
+        self, engine: PlainEngine, run: Run, proxy: FilteringProxy
+    ) -> None:
+        proxy.allowed -= {"/events"}
+        options = proxy.settings.model_copy(update={"poll_interval": 0.3})
+        with discovery.following(options) as follower:
+            status = follower.source.status
+            assert status.mode == "poll"
+            assert "refuses GET /events" in status.mode_reason
+            run("polled", "--publish=18076:8080", *routed("polled"), APP)
+            wait_for(lambda: follower.up(1, "polled"), SETTLE, "it was listed")
+            engine.docker("rm", "--force", "polled")
+            wait_for(lambda: follower.workload("polled") is None, SETTLE, "it is gone")
+            proxy.allowed |= {"/events"}
+            wait_for(lambda: follower.source.status.mode == "events", SETTLE, "events are back")
 
 
 class TestManagerOverTheNetwork:

@@ -103,6 +103,19 @@ def test_a_manager_that_is_demoted_gives_way_to_the_next(managers: Lab) -> None:
             scale(managers, first, 2)
 
 
+def test_a_manager_that_hangs_gives_way_to_the_next(managers: Lab) -> None:
+    first, second, _ = managers.nodes
+    options = settings(second, docker_url=urls(second, first), watch="off", request_timeout=2.0)
+    with following(options) as follower:
+        wait_for(lambda: follower.up(2), 40, "two tasks up")
+        since = len(follower.published)
+        with managers.pause_dockerd(second):
+            scale(managers, first, 3)
+            wait_for(lambda: follower.up(3), 40, "it is heard of from the other manager")
+        assert_never_below(follower, 2, since)
+    scale(managers, first, 2)
+
+
 def test_without_a_quorum_all_that_was_known_stays_and_it_goes_on_with_it(managers: Lab) -> None:
     first, second, third = managers.nodes
     # A dockerd that starts again ends what ran, so the tasks are on the one that stays.
