@@ -54,9 +54,14 @@ def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def engine(certs: Path) -> Iterator[PlainEngine]:
+def possible() -> None:
+    """Skips where no engine can be started."""
     missing = missing_prerequisites(bootstrap=not Images().bootstrapped)
     require(not missing, "; ".join(missing))
+
+
+@pytest.fixture(scope="session")
+def engine(certs: Path, possible: None) -> Iterator[PlainEngine]:
     with plain_engine(
         own_lab("engine"),
         *(f"--host=tcp://0.0.0.0:{PORT}", "--tlsverify"),  # which is IPv6 too

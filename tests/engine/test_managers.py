@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture(scope="module")
-def managers() -> Iterator[Lab]:
+def managers(possible: None) -> Iterator[Lab]:
     """Three managers, and a service of two tasks on the last of them."""
     own = Lab.up(own_lab("managers"), nodes=3, managers=3, fresh=True)
     try:
