@@ -8,6 +8,7 @@ never a traceback.
 from __future__ import annotations
 
 import functools
+import io
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ from agent.errors import (
     RenderError,
     SettingsError,
     StoreUnavailable,
+    innermost,
 )
 
 if TYPE_CHECKING:
@@ -44,6 +46,8 @@ USAGE = 2
 """The command line or the settings cannot be used."""
 UNREACHABLE = 3
 """Something that had to be asked did not answer."""
+INTERRUPTED = 130
+"""Ctrl-C, as shells tell it. `run` ends well by it."""
 
 STATUS_TIMEOUT = 10.0
 """Seconds within which the agent answers where nothing else can."""
@@ -56,7 +60,22 @@ STOP_LIMIT = 8.0
 log = logging.getLogger("agent")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """The commands, and what holds for each of them."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command; Ctrl-C ends it with a code that no answer has."""
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # A name that the terminal's encoding lacks is no reason to fail.
+            sys.stdout.reconfigure(errors="backslashreplace")
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("tidegate: interrupted", err=True)
+            sys.exit(INTERRUPTED)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("-D", "--debug", is_flag=True, help="Log everything.")
 @click.option(
     "-v",
@@ -300,12 +319,22 @@ def check(*, config: _Given, as_json: bool, url: str | None, strict: bool) -> No
 def status(*, config: _Given, as_json: bool, url: str | None) -> None:
     """Ask the running agent how things stand."""
     with _told():
-        state = _ask_or_exit(url or _default_url(_settings(config)))
-        if as_json:
+        url = url or _default_url(_settings(config))
+        try:
+            state = _ask(url, STATUS_TIMEOUT)
+            shown = None if as_json else _state_as_text(state)
+        except _NoAnswerError as error:
+            click.echo(
+                f"tidegate: no agent answers at {_state_page(url)}: {error}; "
+                "is it running (`tidegate run`), and is --url right?",
+                err=True,
+            )
+            sys.exit(UNREACHABLE)
+        if shown is None:
             click.echo(json.dumps(state, indent=1, ensure_ascii=False))
         else:
-            _show_state(state)
-        sys.exit(OK if state.get("ready") else NEGATIVE)
+            click.echo(shown, nl=False)
+        sys.exit(OK if state["ready"] else NEGATIVE)
 
 
 def _settings(config: _Given) -> Settings:
@@ -323,7 +352,10 @@ def _default_url(settings: Settings) -> str:
 
 
 class _NoAnswerError(Exception):
-    """No agent answers there; the text says why in a word."""
+    """No agent answers there; the text says why in a few words."""
+
+
+_NO_AGENT = "what answers is no agent of this version"
 
 
 def _state_page(url: str) -> str:
@@ -339,22 +371,18 @@ def _ask(url: str, timeout: float) -> dict[str, Any]:
             session.trust_env = False
             answer = session.get(_state_page(url), timeout=timeout)
             answer.raise_for_status()
-            state: dict[str, Any] = answer.json()
+            state = answer.json()
+    except requests.Timeout as error:
+        raise _NoAnswerError(f"no answer within {timeout:g} s") from error
+    except requests.ConnectionError as error:
+        raise _NoAnswerError(innermost(error)) from error
+    except requests.JSONDecodeError as error:
+        raise _NoAnswerError(_NO_AGENT) from error
     except (requests.RequestException, ValueError) as error:
-        raise _NoAnswerError(error.__class__.__name__) from error
+        raise _NoAnswerError(str(error)) from error
+    if not isinstance(state, dict) or "ready" not in state:
+        raise _NoAnswerError(_NO_AGENT)
     return state
-
-
-def _ask_or_exit(url: str) -> dict[str, Any]:
-    try:
-        return _ask(url, STATUS_TIMEOUT)
-    except _NoAnswerError as error:
-        click.echo(
-            f"tidegate: no agent answers at {_state_page(url)}: {error}; "
-            "is it running (`tidegate run`), and is --url right?",
-            err=True,
-        )
-        sys.exit(UNREACHABLE)
 
 
 def _running(settings: Settings, url: str | None) -> Running:
@@ -368,19 +396,29 @@ def _running(settings: Settings, url: str | None) -> Running:
     except (_NoAnswerError, SettingsError) as error:
         why = str(error)
     except ValueError:
-        why = "what answers is no agent of this version"
+        why = _NO_AGENT
     return Running(
         unasked=f"the running agent could not be asked at {place}: {why}, so what OpenResty "
         "refused and what lingers is not known"
     )
 
 
-def _show_state(state: dict[str, Any]) -> None:
+def _state_as_text(state: dict[str, Any]) -> str:
+    """The state for people, as wide as the terminal. Raises _NoAnswerError: it is none."""
     from rich.console import Console
 
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=200)  # nobody reads a pipe in 80 columns
+    with console.capture() as capture:
+        try:
+            _show_state(console, state)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise _NoAnswerError(_NO_AGENT) from error
+    return capture.get()
+
+
+def _show_state(console: Any, state: dict[str, Any]) -> None:
     ready = "ready" if state["ready"] else "not ready: " + "; ".join(state["reasons"])
     console.print(
         f"tidegate {state['version']}, settings from {state['settings_from']}", markup=False

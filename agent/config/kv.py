@@ -21,7 +21,7 @@ from urllib.parse import quote, unquote
 import requests
 
 from agent.config.stores import Content, Discovery, Store
-from agent.errors import SettingsError, StoreUnavailable
+from agent.errors import SettingsError, StoreUnavailable, innermost
 
 DEFAULT_KEY = "interlock/v1/config"
 """Interlock's; the path of the URL takes its place."""
@@ -199,12 +199,12 @@ class _HttpStore:
         try:
             yield
         except requests.exceptions.SSLError as error:
-            raise StoreUnavailable(f"{scheme} at {place}: TLS fails: {_root(error)}") from error
+            raise StoreUnavailable(f"{scheme} at {place}: TLS fails: {innermost(error)}") from error
         except requests.Timeout as error:
             raise StoreUnavailable(f"{scheme} at {place} does not answer in time") from error
         except requests.ConnectionError as error:
             raise StoreUnavailable(
-                f"{scheme} at {place} cannot be reached: {_root(error)}"
+                f"{scheme} at {place} cannot be reached: {innermost(error)}"
             ) from error
         except (requests.RequestException, ValueError, KeyError, TypeError) as error:
             raise StoreUnavailable(
@@ -216,16 +216,6 @@ class _HttpStore:
         return StoreUnavailable(
             f"{self._address.scheme} at {place} refuses: {answer.status_code} {_message(answer)}"
         )
-
-
-def _root(error: BaseException) -> str:
-    """The innermost reason; the outer ones only repeat the URL."""
-    while True:
-        inner = error.__cause__ or error.__context__
-        if inner is None:
-            break
-        error = inner
-    return getattr(error, "strerror", None) or str(error)
 
 
 def _message(answer: requests.Response) -> str:
