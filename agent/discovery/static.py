@@ -185,7 +185,7 @@ def _parse(
         raw = tomli.loads(content.decode())
     except UnicodeDecodeError as error:
         raise StaticFileError(f"{path}: not UTF-8: {error}") from error
-    except tomli.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # tomli's own, a number of thousands of digits …
         raise StaticFileError(f"{path}: not valid TOML: {error}") from error
     for key in raw:
         if key != "service":
