@@ -148,7 +148,10 @@ def _token(settings: Settings) -> Iterator[Finding]:
         token = Token(token=driver.token, file=driver.token_file).read()
     except InstanceUnauthorized as error:
         yield Finding(
-            Level.FAILED, "token", str(error), "Mount the secret there, readable by this user."
+            Level.FAILED,
+            "token",
+            str(error),
+            "Put the token there, or mount the secret, so that this user may read it.",
         )
         return
     if token:
