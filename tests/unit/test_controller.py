@@ -361,3 +361,19 @@ def test_two_starts_never_share_a_name():
     assert first.isascii()
     assert first.isprintable()
     assert len(first) <= 128
+
+
+def test_the_end_does_not_wait_for_a_source_that_hangs():
+    released = threading.Event()
+
+    class Hanging(FakeSource):
+        def run(self, publish, stop) -> None:
+            self._ready.set()
+            released.wait()
+
+    source = Hanging("swarm")
+    rig = Rig(source)
+    rig.controller.start()
+    assert source._ready.wait(10)
+    rig.controller.stop(3600)  # or the limit on the test's time
+    released.set()
