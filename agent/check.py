@@ -308,7 +308,7 @@ def _sources(settings: Settings, snapshots: list[SourceSnapshot]) -> Iterator[Fi
                 Level.FAILED,
                 f"source {source.name}",
                 str(error),
-                "What it published before serves on; see docs/operations.md.",
+                "Mend what it names. What an agent that runs has published before serves on.",
             )
             continue
         snapshots.append(snapshot)

@@ -12,8 +12,10 @@ import io
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -302,10 +304,11 @@ def check(*, config: _Given, as_json: bool, url: str | None, strict: bool) -> No
                     }
                 )
                 continue
-            mark = click.style(f"{finding.level.value:<8}", fg=colours[finding.level.value])
-            click.echo(f"{mark} {finding.subject}: {finding.text}")
+            level = finding.level.value
+            line = _wrapped(f"{level:<8} {finding.subject}: {finding.text}", indent=9)
+            click.echo(click.style(level, fg=colours[level]) + line[len(level) :])
             if finding.cure and finding.level is not checks.Level.OK:
-                click.echo(f"         {finding.cure}")
+                click.echo(_wrapped(f"         {finding.cure}", indent=9))
         if as_json:
             click.echo(json.dumps({"failed": failed, "findings": found}, indent=1))
         sys.exit(NEGATIVE if failed else OK)
@@ -334,6 +337,19 @@ def status(*, config: _Given, as_json: bool, url: str | None) -> None:
         else:
             click.echo(shown, nl=False)
         sys.exit(OK if state["ready"] else NEGATIVE)
+
+
+def _wrapped(text: str, *, indent: int) -> str:
+    """A line that fits the terminal, by words; whole where it is no terminal that reads it."""
+    if not sys.stdout.isatty():
+        return text
+    return textwrap.fill(
+        text,
+        shutil.get_terminal_size().columns,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _settings(config: _Given) -> Settings:
@@ -375,6 +391,8 @@ def _ask(url: str, timeout: float) -> dict[str, Any]:
         raise _NoAnswerError(f"no answer within {timeout:g} s") from error
     except requests.ConnectionError as error:
         raise _NoAnswerError(innermost(error)) from error
+    except (requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema) as error:
+        raise _NoAnswerError("that is no http:// URL") from error
     except requests.JSONDecodeError as error:
         raise _NoAnswerError(_NO_AGENT) from error
     except (requests.RequestException, ValueError) as error:
@@ -418,6 +436,9 @@ def _state_as_text(state: dict[str, Any]) -> str:
 
 
 def _show_state(console: Any, state: dict[str, Any]) -> None:
+    from rich.padding import Padding
+    from rich.text import Text
+
     ready = "ready" if state["ready"] else "not ready: " + "; ".join(state["reasons"])
     console.print(
         f"tidegate {state['version']}, settings from {state['settings_from']}", markup=False
@@ -465,12 +486,11 @@ def _show_state(console: Any, state: dict[str, Any]) -> None:
             for u in state["upstreams"]
         ],
     )
-    _table(
-        console,
-        "Rejections",
-        ("subject", "reason", "what is wrong", "cure"),
-        [(r["subject"], r["reason"], r["message"], r["hint"]) for r in state["rejections"]],
-    )
+    console.print("\nRejections" if state["rejections"] else "\nRejections: none", markup=False)
+    for r in state["rejections"]:
+        # No table: its columns would be too narrow for sentences.
+        console.print(f"{r['subject']}: {r['message']} ({r['reason']})", markup=False)
+        console.print(Padding(Text(r["hint"]), (0, 0, 0, 4)))
 
 
 def _table(console: Any, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -553,7 +573,7 @@ def plan(*, config: _Given, as_json: bool, url: str | None) -> None:
 
 def _show_notes(running: Running) -> None:
     for note in running.notes:
-        click.echo(f"note: {note}")
+        click.echo(_wrapped(f"note: {note}", indent=6))
 
 
 def _show_plan(
@@ -568,7 +588,7 @@ def _show_plan(
     for item in plans:
         click.echo(f"\nOpenResty {item.name} at {item.url}")
         if item.error:
-            click.echo(f"  cannot be asked: {item.error}")
+            click.echo(_wrapped(f"  cannot be asked: {item.error}", indent=4))
             continue
         for name in item.lingering:
             click.echo(f"  {name} lingers: nobody asks for it, it goes after HostLinger")
@@ -595,8 +615,9 @@ def _show_plan(
         else:
             click.echo("  site: unchanged, no reload")
     for rejection in rejections:
-        click.echo(f"\nrejected: {rejection.subject}: {rejection.message} ({rejection.reason})")
-        click.echo(f"  {rejection.hint}")
+        text = f"rejected: {rejection.subject}: {rejection.message} ({rejection.reason})"
+        click.echo("\n" + _wrapped(text, indent=2))
+        click.echo(_wrapped(f"  {rejection.hint}", indent=2))
 
 
 def _compiled(settings: Settings) -> tuple[Snapshot, Desired]:
@@ -642,9 +663,10 @@ def explain(*, name: str, config: _Given, as_json: bool, url: str | None) -> Non
             click.echo(f"{account.kind} {account.name}: {verdict}")
             for step in account.steps:
                 mark, colour = marks[step.outcome]
-                click.echo(f"  {click.style(mark, fg=colour)} {step.text}")
+                line = _wrapped(f"  {mark} {step.text}", indent=4)
+                click.echo(f"  {click.style(mark, fg=colour)}{line[3:]}")
                 if step.hint:
-                    click.echo(f"      {step.hint}")
+                    click.echo(_wrapped(f"      {step.hint}", indent=6))
         if not answer.found:
             click.echo(f"nothing is called {answer.query}")
         if answer.suggestions:
@@ -745,9 +767,10 @@ def _show_lint(report: Report) -> None:
     colours = {"rejected": "red", "warning": "yellow", "note": None}
 
     def show(finding: Finding) -> None:
-        level = click.style(finding.level.value, fg=colours[finding.level.value])
-        click.echo(f"  {finding.place}: {level}: {finding.message} ({finding.reason})")
-        click.echo(f"      {finding.hint}")
+        before, level = f"  {finding.place}: ", finding.level.value
+        line = _wrapped(f"{before}{level}: {finding.message} ({finding.reason})", indent=4)
+        click.echo(line.replace(level, click.style(level, fg=colours[level]), 1))
+        click.echo(_wrapped(f"      {finding.hint}", indent=6))
 
     for finding in report.findings:
         show(finding)

@@ -218,12 +218,15 @@ class DockerEngine:
         self._failed = failed
         self.url = url or addresses(settings)[0]
         with _mapped(self.url):
-            self._client = APIClient(
-                base_url=self.url,
-                version=_written(OLDEST_API),
-                timeout=timeout,
-                tls=_tls(settings, self.url) or False,
-            )
+            try:
+                self._client = APIClient(
+                    base_url=self.url,
+                    version=_written(OLDEST_API),
+                    timeout=timeout,
+                    tls=_tls(settings, self.url) or False,
+                )
+            except ValueError as error:
+                raise DiscoveryError(_unusable(self.url, error)) from error
         # What a proxy or a CA bundle of the environment says is not meant for the engine.
         self._client.trust_env = False
         self._prefix = ""
@@ -470,6 +473,18 @@ def _tls(settings: Settings, url: str) -> TLSConfig | None:
         ca, cert, key = (str(file) if file.exists() else "" for file in files)
     if not asked and scheme != "https":
         return None
+    begin = f"the engine at {url} cannot be used:"
+    if bool(cert) != bool(key):
+        raise DiscoveryError(
+            f"{begin} TLSCert and TLSKey (or cert.pem and key.pem of DOCKER_CERT_PATH) go together"
+        )
+    for name, file in (("TLSCACert", ca), ("TLSCert", cert), ("TLSKey", key)):
+        try:
+            if file:
+                Path(file).read_bytes()
+        except OSError as error:
+            why = f"{name} {file} cannot be read: {error.strerror}"
+            raise DiscoveryError(f"{begin} {why}") from error
     return TLSConfig(
         client_cert=(cert, key) if cert or key else None,
         ca_cert=ca or None,
@@ -495,9 +510,16 @@ def _mapped(url: str) -> Iterator[None]:
         cause = _os_error(error)
         if cause is not None or isinstance(error.__context__, requests.RequestException):
             raise DockerUnavailable(_unreachable(url, error)) from error
-        raise DiscoveryError(f"the engine at {url} cannot be used: {error}") from error
+        raise DiscoveryError(_unusable(url, error)) from error
     except ValueError as error:
         raise DockerUnavailable(f"the engine at {url} sent something odd: {error}") from error
+
+
+def _unusable(url: str, error: BaseException) -> str:
+    return (
+        f"the engine at {url} cannot be used: {error}; DockerURL (or DOCKER_HOST) is like "
+        "unix:///var/run/docker.sock or tcp://HOST:PORT"
+    )
 
 
 def _unreachable(url: str, error: BaseException) -> str:

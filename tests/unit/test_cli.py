@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
+import re
 import signal
 import socket
 import subprocess
@@ -347,6 +350,33 @@ def test_status_at_what_is_no_url_says_so(url):
     assert result.exit_code == UNREACHABLE
     assert f"no agent answers at {url}" in result.stderr
     assert len(result.stderr.splitlines()) <= 2  # the other one: no settings were given
+
+
+# what holds for all
+
+
+def test_on_a_terminal_lines_are_broken_at_words(config, tmp_path):
+    labels = (
+        '"interlock.ssl" = "true"\n"interlock.port" = "' + "no port " * 20 + '"\n[[service.peer]]'
+    )
+    (tmp_path / "services.toml").write_text(STATIC.replace("[[service.peer]]", labels))
+    for command in (["check"], ["plan"], ["explain", "web"]):
+        ours, theirs = pty.openpty()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "agent.cli", *command, "-c", str(config)],
+            stdout=theirs,
+            env={**os.environ, "COLUMNS": "60"},
+            cwd=Path(__file__).resolve().parents[2],
+        )
+        os.close(theirs)
+        with os.fdopen(ours, "rb") as terminal, contextlib.suppress(OSError):  # its end
+            text = b""
+            while chunk := terminal.read1(65536):
+                text += chunk
+        process.wait(60)
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", text.decode()).splitlines()
+        assert any("no port" in line for line in lines)
+        assert [line for line in lines if len(line) > 60 and " " in line.strip()] == []
 
 
 # plan and explain
