@@ -553,8 +553,7 @@ class Controller:
 def _tell(before: tuple[Rejection, ...], after: tuple[Rejection, ...]) -> None:
     """Log rejections when they come and when they go, not all the time."""
     for item in sorted(set(after) - set(before), key=lambda item: item.subject):
-        log.warning(
-            "%s is not served: %s (%s) %s", item.subject, item.message, item.reason, item.hint
-        )
+        # Not "is not served": a label without effect is one of these, and takes nothing away.
+        log.warning("%s: %s (%s) %s", item.subject, item.message, item.reason, item.hint)
     for item in sorted(set(before) - set(after), key=lambda item: item.subject):
         log.info("%s: no longer rejected (%s)", item.subject, item.reason)

@@ -97,6 +97,7 @@ for pair in "TIDEGATE_ADMIN_TOKEN_FILE=$token_file" \
     [ -n "$file" ] || continue
     [ -e "$file" ] || fail "${pair%%=*} $file is not there for user $(id -u): mount the secret, or mend the path"
     [ -r "$file" ] || fail "${pair%%=*} $file cannot be read by user $(id -u)"
+    grep -q '[^[:space:]]' "$file" || fail "${pair%%=*} $file is empty"
 done
 
 # A directory has a page for each status it likes, and error.html for the others.
@@ -174,6 +175,11 @@ if [ "$(id -u)" = 0 ]; then
     user_line="user root;"
 fi
 
+case $lease_ttl in
+    *.*.*) fail "TIDEGATE_LEASE_TTL is '$lease_ttl', expected seconds" ;;
+    *[1-9]*) ;;
+    *) fail "TIDEGATE_LEASE_TTL is '$lease_ttl', expected seconds above 0: else it never lapses" ;;
+esac
 case ${dict_size%[kKmMgG]} in
     '' | *[!0-9]*) fail "TIDEGATE_DICT_SIZE is '$dict_size', expected a number with k, m or g: 64m" ;;
 esac

@@ -472,6 +472,9 @@ def test_a_directory_that_it_cannot_write_to_is_named_with_the_user(
     [
         ("TIDEGATE_ADMIN_TOKEN_FILE", "/none/token", "is not there for user"),
         ("TIDEGATE_SESSION_SECRET_FILE", "/none/secret", "is not there for user"),
+        ("TIDEGATE_STATUS_PASSWORD_FILE", os.devnull, "is empty"),
+        ("TIDEGATE_LEASE_TTL", "0.0", "expected seconds above 0"),
+        ("TIDEGATE_LEASE_TTL", "1.2.3", "expected seconds"),
         ("TIDEGATE_DICT_SIZE", "m", "expected a number with k, m or g"),
         ("TIDEGATE_DICT_SIZE", "6m4", "expected a number with k, m or g"),
         ("TIDEGATE_DICT_SIZE", "8k", "at least 64k is needed"),

@@ -349,7 +349,7 @@ def test_a_rejection_is_logged_when_it_comes_and_when_it_goes(caplog):
     )
     with running(Rig(source)) as rig:
         source.publish(bad)
-        eventually(lambda: "service b is not served" in caplog.text)
+        eventually(lambda: "service b: interlock.hostname=" in caplog.text)
         source.publish(good)
         eventually(lambda: "service b: no longer rejected" in caplog.text)
         assert rig.controller.rejections() == ()
