@@ -490,7 +490,7 @@ def _show_state(console: Any, state: dict[str, Any]) -> None:
     for r in state["rejections"]:
         # No table: its columns would be too narrow for sentences.
         console.print(f"{r['subject']}: {r['message']} ({r['reason']})", markup=False)
-        console.print(Padding(Text(r["hint"]), (0, 0, 0, 4)))
+        console.print(Padding(Text(r["hint"]), (0, 0, 0, 4), expand=False))
 
 
 def _table(console: Any, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -449,6 +449,19 @@ def test_explain_tells_the_steps_of_what_is_routed(config):
     assert "web.test: routed" in result.stdout
 
 
+def test_explain_tells_of_a_static_service_in_whole_sentences(config, tmp_path):
+    (tmp_path / "services.toml").write_text(
+        STATIC.replace('"interlock.domain" = "test"', '"interlock.tcp_port" = "5432"').replace(
+            '"interlock.hostname" = "web"\n', ""
+        )
+    )
+    lines = tidegate("explain", "web", "-c", config).stdout.splitlines()
+    assert "  + Its labels ask for TCP port 5432." in lines
+    reached = "  + Its instances are reached over the addresses that the static file gives"
+    assert any(line.startswith(reached) for line in lines)
+    assert "  + web 192.0.2.1:80 is up at 192.0.2.1:80." in lines
+
+
 def test_explain_of_what_is_not_routed_is_exit_code_1_with_the_reason(config, tmp_path):
     (tmp_path / "services.toml").write_text(STATIC.replace('"test"', '"a b"'))
     result = tidegate("explain", "web", "-c", config)
