@@ -7,6 +7,7 @@ never a traceback.
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import json
@@ -75,6 +76,11 @@ class _Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("tidegate: interrupted", err=True)
             sys.exit(INTERRUPTED)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # who reads the answer has enough of it; click knows
+            click.echo(f"tidegate: the answer cannot be written: {error}", err=True)
+            sys.exit(UNREACHABLE)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -355,6 +355,21 @@ def test_status_at_what_is_no_url_says_so(url):
 # what holds for all
 
 
+def test_an_answer_that_cannot_be_written_is_told(config):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "agent.cli", "check", "-c", str(config)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            cwd=Path(__file__).resolve().parents[2],
+        )
+    assert done.returncode == UNREACHABLE
+    assert done.stderr.startswith("tidegate: the answer cannot be written: ")
+    assert "Traceback" not in done.stderr
+
+
 def test_on_a_terminal_lines_are_broken_at_words(config, tmp_path):
     labels = (
         '"interlock.ssl" = "true"\n"interlock.port" = "' + "no port " * 20 + '"\n[[service.peer]]'
