@@ -505,7 +505,7 @@ def _client(settings: Settings, url: str) -> tls.Client | None:
     Who gave files or asks for https is never answered in the clear, and the server is verified
     unless AllowInsecure says otherwise: with the CA given, else with the public ones.
     """
-    scheme = urlsplit(url).scheme
+    scheme = url.partition("://")[0].lower()
     if scheme not in ("tcp", "http", "https"):
         return None
     ca, cert, key = settings.tls_ca_cert, settings.tls_cert, settings.tls_key

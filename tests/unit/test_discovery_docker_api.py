@@ -605,10 +605,10 @@ def test_a_tls_file_that_is_not_there_is_named_with_its_key(tmp_path, key):
     there.write_text("-")
     files = {"TLSCACert": there, "TLSCert": there, "TLSKey": there, key: tmp_path / "none.pem"}
     given = {name: str(file) for name, file in files.items()}
-    with pytest.raises(DiscoveryError, match=f"{key} .*none.pem cannot be read: No such file"):
+    with pytest.raises(DiscoveryError, match=f"{key} .*none.pem cannot be read: no such file"):
         DockerEngine(Settings(DockerURL="tcp://127.0.0.1:1", **given))
 
 
 def test_a_certificate_without_its_key_is_told():
-    with pytest.raises(DiscoveryError, match="go together"):
+    with pytest.raises(DiscoveryError, match="TLSCert is of no use without TLSKey"):
         DockerEngine(Settings(docker_url="tcp://127.0.0.1:1", tls_cert="/c.pem"))
