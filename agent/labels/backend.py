@@ -232,6 +232,11 @@ def option(text: str) -> Option:
     )
 
 
+def protects(text: str) -> bool:
+    """Whether a value that is no option was meant to restrict who gets in, however written."""
+    return _PROTECTIVE_WORD.search(text) is not None
+
+
 _NAME = r"[a-z][a-z0-9_]{0,63}"
 _WORD = r"(?:[A-Za-z0-9_./:,=%+*@^~?!&|()<>\[\]-]|\$[a-z_][a-z0-9_]*)+"
 _QUOTED = r'"(?:[^"\\${};\x00-\x1f\x7f-\uffff]|\$[a-z_][a-z0-9_]*)*"'
@@ -258,6 +263,7 @@ _OF_UPSTREAMS = {
 _PROTECTIVE = re.compile(
     r"(?:allow|deny|satisfy|auth_.*|limit_.*|secure_link.*|valid_referers|internal)"
 )
+_PROTECTIVE_WORD = re.compile(rf"(?:^|[\s;{{])(?:{_PROTECTIVE.pattern})(?=[\s;]|$)", re.IGNORECASE)
 _HASH_KEYS = MappingProxyType(
     {
         "$remote_addr": "ip",

@@ -373,3 +373,33 @@ def test_the_label_of_an_unmerged_change_is_told_of():
     reading = read({"interlock.ext.service_name": "x"})
     assert [item.reason for item in reading.rejections] == ["label_ignored"]
     assert "ServiceClusters" in reading.rejections[0].hint
+
+
+def test_a_list_may_be_as_long_as_a_service_has_hosts():
+    hosts = [f"customer-{number:04}.example.com" for number in range(500)]
+    route = the_route(docker(hosts=",".join(hosts)))
+    assert (route.host, *route.aliases) == tuple(hosts)
+
+
+@pytest.mark.parametrize(
+    "redirects",
+    [
+        "http://a.example.com,http://b.example.com;http://b.example.com,http://a.example.com",
+        "a.example.com,b.example.com;b.example.com,c.example.com;"
+        "c.example.com,https://a.example.com/deeper",
+    ],
+)
+def test_a_redirect_that_leads_back_is_refused_alone(redirects):
+    hosts = "a.example.com,b.example.com,c.example.com"
+    reading = read(docker(hosts=hosts, redirects=redirects))
+    (route,) = reading.routes
+    assert len(route.redirects) == redirects.count(";")
+    (refused,) = reading.rejections
+    assert refused.reason == "invalid_label"
+    assert "lead back" in refused.message
+
+
+def test_a_bad_redirect_is_told_by_itself():
+    reading = read(docker(hosts="a.example.com", redirects="http://a.example.com,x.org;nonsense"))
+    (refused,) = reading.rejections
+    assert refused.message == 'com.docker.lb.redirects="nonsense" is not a redirect.'
