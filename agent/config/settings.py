@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,18 +31,29 @@ from pydantic import (
 from agent.config import interlock, interlock2
 from agent.errors import SettingsError
 
-_DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|us|µs|h|m|s)")
-_SECONDS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|\u00b5s|\u03bcs|ms|h|m|s)")
+_SECONDS = {
+    "ns": 1e-9,
+    "us": 1e-6,
+    "\u00b5s": 1e-6,
+    "\u03bcs": 1e-6,
+    "ms": 1e-3,
+    "s": 1.0,
+    "m": 60.0,
+    "h": 3600.0,
+}
 
 
 def parse_duration(value: object) -> object:
     """Read a duration the way Interlock's Go did: "500ms", "1m30s"; a bare number is seconds."""
     if isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ValueError('expected a duration such as "500ms" or "1m30s"')
         return float(value)
     if not isinstance(value, str):
         raise ValueError('expected a duration such as "500ms" or "1m30s"')
     text = value.strip()
-    if not text:
+    if text in ("", "0"):
         return 0.0
     parts = _DURATION_PART.findall(text)
     if "".join(number + unit for number, unit in parts) != text:
@@ -56,12 +68,28 @@ Seconds = Annotated[
     WithJsonSchema(
         {
             "anyOf": [
-                {"type": "string", "pattern": r"^\s*((\d+(\.\d+)?)(ms|us|µs|h|m|s))*\s*$"},
+                {"type": "string", "pattern": rf"^\s*(0|({_DURATION_PART.pattern})*)\s*$"},
                 {"type": "number", "minimum": 0},
             ]
         }
     ),
 ]
+
+
+Span = Annotated[Seconds, Field(gt=0)]
+"""A time that is never none at all: a loop would spin on it, and a call could not succeed."""
+
+_RETRIED = (
+    "error", "timeout", "invalid_header", "http_403", "http_404", "http_429", "http_500",
+    "http_502", "http_503", "http_504", "non_idempotent", "off",
+)  # fmt: skip
+
+
+def parse_retried(value: str) -> str:
+    """Check the words of proxy_next_upstream, of which nginx knows no others."""
+    if not value.split() or not set(value.split()) <= set(_RETRIED):
+        raise ValueError(f"expected some of {', '.join(_RETRIED)}, separated by spaces")
+    return " ".join(value.split())
 
 
 def parse_network(value: str) -> str:
@@ -219,9 +247,9 @@ class Extension(_Table):
     client_max_body_size: str = Field(
         "2048m", pattern=r"^\d+[kKmMgG]?$", description="largest request body; Interlock's default"
     )
-    proxy_next_upstream: str = Field(
+    proxy_next_upstream: Annotated[str, AfterValidator(parse_retried)] = Field(
         "error timeout",
-        pattern=r"^[a-z0-9_]+( [a-z0-9_]+)*$",
+        pattern=r"^[a-z0-9_]+( +[a-z0-9_]+)*$",
         description="when a request is tried on another peer; `off` for never",
     )
     template_path: str = Field(
@@ -412,8 +440,8 @@ class OpenResty(_Table):
     tls_ca: str = Field("", description="CA file that instances' certificates are verified with")
     tls_cert: str = Field("", description="client certificate for the admin API")
     tls_key: str = Field("", description="key of TLSCert")
-    timeout: Seconds = Field(10.0, description="longest wait for an answer of the admin API")
-    heartbeat: Seconds = Field(
+    timeout: Span = Field(10.0, description="longest wait for an answer of the admin API")
+    heartbeat: Span = Field(
         1.5, description="how often each instance is asked for its revision and generation"
     )
 
@@ -455,10 +483,10 @@ class Settings(_Table):
         description="how often tasks are listed without the watch; where it is set, containers "
         "are listed as often too, beside the events",
     )
-    resync_interval: Seconds = Field(
+    resync_interval: Span = Field(
         60.0, description="how often everything is listed anew, whatever the stream said"
     )
-    request_timeout: Seconds = Field(10.0, description="longest wait for an answer of the engine")
+    request_timeout: Span = Field(10.0, description="longest wait for an answer of the engine")
     attach_networks: bool = Field(
         False,
         description="attach proxy containers to the networks that `interlock.network` labels of "
@@ -538,6 +566,8 @@ def load(text: str, *, where: str) -> tuple[Settings, tuple[Remark, ...]]:
         SettingsError: not TOML (with line), or a value of the wrong type or range (with line, key
             path, value and what is expected).
     """
+    # Editors of Windows put a mark in front of UTF-8.
+    text = text.removeprefix("\ufeff")
     try:
         raw = tomli.loads(text)
     except tomli.TOMLDecodeError as error:
@@ -549,6 +579,8 @@ def load(text: str, *, where: str) -> tuple[Settings, tuple[Remark, ...]]:
     except ValidationError as error:
         for item in error.errors():
             reading.wrong(item["loc"], item["input"], _expected(item))
+    else:
+        reading.check_ports(settings)
     if reading.problems:
         raise SettingsError(*reading.problems)
     return settings, tuple(reading.remarks)
@@ -587,6 +619,17 @@ class _Reading:
             f"{self._where}: {at}{_spelled(path)}: got {_shown(value)}, expected {expected}"
         )
 
+    def check_ports(self, settings: Settings) -> None:
+        """Note listeners that are on one port: nginx would refuse the whole site for them."""
+        extension = settings.extension
+        taken = {extension.port: "Port"}
+        for key, port in (("SSLPort", extension.ssl_port), ("GRPCPort", extension.grpc_port)):
+            if port and port in taken:
+                index = settings.extensions.index(extension)
+                expected = f"another port than that of {taken[port]}, or 0 for no such listener"
+                self.wrong(("Extensions", index, key), port, expected)
+            taken.setdefault(port, key)
+
     def _remark(self, text: str, *, unknown: bool = False) -> None:
         self.remarks.append(Remark(f"{self._where}: {text}", unknown))
 
@@ -596,13 +639,20 @@ class _Reading:
         """Spell the keys as the schema does; drop the unknown ones with a remark each."""
         spelling = {(f.alias or n).lower(): f.alias or n for n, f in table.model_fields.items()}
         result: dict[str, Any] = {}
+        taken: dict[str, str] = {}
         for key, value in raw.items():
             name = spelling.get(key.lower())
             if name is None:
                 near = difflib.get_close_matches(key.lower(), spelling, n=1)
                 meant = f"; did you mean {spelling[near[0]]}?" if near else ""
                 self._remark(f"unknown key {path}{key} is ignored{meant}", unknown=True)
+            elif name in taken:
+                self._remark(
+                    f"{path}{key} is the same key as {path}{taken[name]}, whose value counts; "
+                    "remove one of the two"
+                )
             elif not _means_default(table, name, value):
+                taken[name] = key
                 result[name] = self._nested(table, name, value, path=f"{path}{name}")
         return result
 
@@ -728,6 +778,8 @@ def _expected(item: Any) -> str:
     match kind:
         case "literal_error":
             return str(context["expected"])
+        case "greater_than":
+            return f"more than {context['gt']}"
         case "greater_than_equal":
             return f"at least {context['ge']}"
         case "less_than_equal":

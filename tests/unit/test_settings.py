@@ -72,13 +72,28 @@ def test_keys_of_tables_match_in_any_case():
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [('"500ms"', 0.5), ('"1m30s"', 90), ('"1h"', 3600), ("2", 2), ("0.25", 0.25)],
+    [
+        ('"500ms"', 0.5),
+        ('"1m30s"', 90),
+        ('"1h"', 3600),
+        ('"1.5h"', 5400),
+        ('".5s"', 0.5),
+        ('"5.s"', 5),
+        ('"250\u00b5s"', 0.00025),
+        ('"250\u03bcs"', 0.00025),
+        ('"1s500000000ns"', 1.5),
+        ('"0"', 0),
+        ("2", 2),
+        ("0.25", 0.25),
+    ],
 )
 def test_durations_are_read_as_go_did(text, seconds):
-    assert settings(f"PollInterval = {text}").poll_interval == seconds
+    assert settings(f"PollInterval = {text}").poll_interval == pytest.approx(seconds)
 
 
-@pytest.mark.parametrize("text", ['"soon"', '"5"', '"5 parsecs"', "true", '"-1s"', "-1"])
+@pytest.mark.parametrize(
+    "text", ['"soon"', '"5"', '"5 parsecs"', "true", '"-1s"', "-1", "inf", "nan"]
+)
 def test_a_duration_that_is_none_is_refused_by_name(text):
     found = problem(f"PollInterval = {text}")
     assert "PollInterval" in found
@@ -534,3 +549,56 @@ def test_the_proxy_protocol_without_trusted_proxies_is_told():
 def test_settings_for_connections_of_clients_are_checked(line):
     with pytest.raises(SettingsError):
         load(f"[[Extensions]]\n{line}", where="c")
+
+
+def test_a_mark_in_front_and_lines_as_windows_writes_them():
+    text = '\ufeffListenAddr = ":9"\r\n[[Extensions]]\r\nName = "nginx"\r\nPort = 8000\r\n'
+    read, warnings = load(text, where="c")
+    assert (read.listen_addr, read.extension.port, warnings) == (":9", 8000, ())
+
+
+def test_a_key_that_is_there_in_two_spellings_is_told_and_the_first_counts():
+    read, (warning,) = load('ListenAddr = ":1"\nlistenaddr = ":2"', where="c")
+    assert read.listen_addr == ":1"
+    assert str(warning) == (
+        "c: listenaddr is the same key as ListenAddr, whose value counts; remove one of the two"
+    )
+
+
+@pytest.mark.parametrize(
+    ("lines", "key"),
+    [
+        ("Port = 443", "SSLPort"),
+        ("Port = 8443\nSSLPort = 8443", "SSLPort"),
+        ("GRPCPort = 80", "GRPCPort"),
+        ("GRPCPort = 443", "GRPCPort"),
+    ],
+)
+def test_two_listeners_on_one_port_are_refused(lines, key):
+    found = problem(f"[[Extensions]]\nName = 'nginx'\n{lines}")
+    assert f"Extensions[0].{key}: got" in found
+    assert "another port than that of" in found
+
+
+def test_no_listener_is_on_no_port():
+    read = settings("[[Extensions]]\nName = 'nginx'\nPort = 443\nSSLPort = 0")
+    assert (read.extension.port, read.extension.ssl_port) == (443, 0)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "ResyncInterval = 0",
+        'RequestTimeout = "0s"',
+        "[OpenResty]\nHeartbeat = 0",
+        "[OpenResty]\nTimeout = 0.0",
+    ],
+)
+def test_a_time_without_which_a_loop_would_spin_is_not_nothing(line):
+    assert "more than 0" in problem(line)
+
+
+def test_what_is_tried_again_is_in_words_of_nginx():
+    found = problem("[[Extensions]]\nProxyNextUpstream = 'error timeouts'")
+    assert "line 2: Extensions[0].ProxyNextUpstream: got 'error timeouts'" in found
+    assert "invalid_header" in found
