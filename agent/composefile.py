@@ -600,7 +600,8 @@ class _Reader:
             try:
                 text = other.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
-                raise ComposeFileError(f"{extends.place}: {where}: {other}: {error}") from error
+                why = error.strerror if isinstance(error, OSError) else "not UTF-8"
+                raise ComposeFileError(f"{extends.place}: {where}: {other}: {why}") from error
             tree = _parse(str(other), text)
             section = self._map(tree.get("services") or _Map({}, {}, tree.place), "services")
             path = str(other)
@@ -720,7 +721,13 @@ class _Reader:
         if isinstance(value, _List):
             found: dict[str, Label] = {}
             for item in value.items:
-                name, _, text = self._text(item).partition("=")
+                name, equals, text = self._text(item).partition("=")
+                if not equals and ": " in name:
+                    self._remark(
+                        f"Docker takes all of {name!r} for the name of a label without a value.",
+                        "In a list write NAME=VALUE, or remove the hyphens to have a mapping.",
+                        item.place,
+                    )
                 found[name] = Label(text, item.place)
             return found
         body = self._map(value, where)
@@ -761,7 +768,7 @@ class _Reader:
                 yield from _short_port(self._text(item), item.place, where)
 
     def _long_port(self, item: _Map, where: str) -> Iterator[Port]:
-        if (self._text(item.get("protocol")) or "tcp") != "tcp":
+        if (self._text(item.get("protocol")) or "tcp").lower() != "tcp":
             return
         targets = _range(self._text(item.get("target")), item.place, where)
         published = self._text(item.get("published"))
@@ -777,7 +784,7 @@ class _Reader:
     def _expose(self, value: _Value | None, where: str) -> Iterator[int]:
         for item in self._list(value, where):
             number, _, protocol = self._text(item).partition("/")
-            if protocol in ("", "tcp"):
+            if protocol.lower() in ("", "tcp"):
                 yield from _range(number, item.place, where)
 
     def _secrets(self, value: _Value | None, where: str) -> Iterator[str]:
@@ -845,7 +852,7 @@ def _is_first_version(tree: _Map) -> bool:
 
 _SHORT_PORT = re.compile(
     r"(?:(?:(?P<host>\[[0-9a-fA-F:.]+\]|[0-9.]+):)?(?P<published>[0-9-]*):)?"
-    r"(?P<target>[0-9-]+)(?:/(?P<protocol>[a-z]+))?"
+    r"(?P<target>[0-9-]+)(?:/(?P<protocol>[A-Za-z]+))?"
 )
 
 
@@ -853,7 +860,7 @@ def _short_port(text: str, place: Place, where: str) -> Iterator[Port]:
     found = _SHORT_PORT.fullmatch(text)
     if found is None:
         raise ComposeFileError(f"{place}: {where}: {text!r} is not a port")
-    if (found["protocol"] or "tcp") != "tcp":
+    if (found["protocol"] or "tcp").lower() != "tcp":
         return
     targets = _range(found["target"], place, where)
     given = found["published"] or "0"

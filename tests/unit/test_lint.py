@@ -762,3 +762,23 @@ class TestCommand:
         assert "read as compose" in tidegate("--kind", "compose", stack).stdout
         result = tidegate("--proxy-network", "x", "--proxy-network", "y", stack)
         assert "OpenResty is on: " in result.stdout
+
+
+def test_protocols_of_ports_are_read_in_any_case():
+    text = 'services:\n  a:\n    image: x\n    ports: ["80/TCP", "53/UDP"]\n    expose: [81/TCP]\n'
+    service = only(read(text))
+    assert (service.ports, service.expose) == ((Port(80),), (81,))
+
+
+def test_a_label_with_a_colon_in_a_list_is_told():
+    report = judge('services:\n  a:\n    labels: ["interlock.hostname: shop"]\n')
+    assert "NAME=VALUE" in report.findings[0].hint
+
+
+def test_what_expose_does_not_say_is_told_in_the_dialect_of_the_service():
+    text = (
+        "services:\n  a:\n    expose: [80]\n    deploy:\n      labels:\n"
+        "        com.docker.lb.hosts: a.example.com\n"
+    )
+    (finding,) = (item for item in of(judge(text), "a").findings if item.reason == "expose")
+    assert finding.hint == "Name the port in the label com.docker.lb.port."
