@@ -400,6 +400,7 @@ def test_containers_made_alike_share_a_port():
         ("443", DEFAULTS),
         ("8081", DEFAULTS),
         ("9000", Settings(openresty=OpenResty(admin_port=9000))),
+        ("9001", settings(grpc_port=9001)),
     ],
 )
 def test_the_proxys_own_ports_are_not_to_be_had(port, options):
