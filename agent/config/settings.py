@@ -100,6 +100,39 @@ def parse_network(value: str) -> str:
         raise ValueError('expected an address or a network such as "10.0.0.0/8"') from None
 
 
+_LISTEN = re.compile(r"\s*(?:\S*:)?([0-9]{1,5})\s*")
+_URL = re.compile(
+    r"https?://(?:\[[0-9A-Fa-f:.]+\]|[^\s/:@\[\]?#]+)(?::([0-9]{1,5}))?(?:/[^\s?#]*)?"
+)
+_HIGHEST_PORT = 65535
+
+
+def parse_listen(value: str) -> str:
+    """Check an address to listen on, before the next start finds out."""
+    found = _LISTEN.fullmatch(value)
+    if found is None or int(found[1]) > _HIGHEST_PORT:
+        raise ValueError('expected something like ":8080" or "127.0.0.1:8080"')
+    return value
+
+
+def parse_url(value: str) -> str:
+    """Check where an instance is."""
+    found = _URL.fullmatch(value)
+    known = value.startswith("unix:/") or (found and int(found[1] or 1) in range(1, 65536))
+    if not known:
+        raise ValueError('expected "http://HOST:PORT", "https://HOST:PORT" or "unix:/PATH"')
+    return value
+
+
+def parse_word(value: str) -> str:
+    """Check what becomes one word of nginx's configuration: there is no way to write these."""
+    if re.search(r"[\x00-\x1f\x7f$]", value):
+        raise ValueError("expected text without control characters and without $")
+    return value
+
+
+Url = Annotated[str, AfterValidator(parse_url)]
+Word = Annotated[str, AfterValidator(parse_word)]
 Network = Annotated[str, AfterValidator(parse_network)]
 Size = Annotated[str, Field(pattern=r"^\d+[kKmM]?$")]
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -175,7 +208,7 @@ class Extension(_Table):
         443, description="TLS listener of OpenResty; 0 switches TLS off"
     )
     listen_ipv6: bool = Field(False, description="listen on IPv6 too")
-    ssl_cert_path: str = Field(
+    ssl_cert_path: Word = Field(
         "/etc/tidegate/certs",
         description="directory inside the OpenResty container that `ssl_cert` labels are below",
     )
@@ -205,7 +238,7 @@ class Extension(_Table):
         "certificate, with which every host is served over TLS too",
     )
     ssl_protocols: str = Field("TLSv1.2 TLSv1.3", description="ssl_protocols of nginx")
-    ssl_ciphers: str = Field("HIGH:!aNULL:!MD5", description="ssl_ciphers of nginx")
+    ssl_ciphers: Word = Field("HIGH:!aNULL:!MD5", description="ssl_ciphers of nginx")
     ssl_stapling: bool = Field(
         True,
         description="send OCSP answers along with certificates that name a responder; they are "
@@ -216,7 +249,7 @@ class Extension(_Table):
         description="serve HTTP/3 too, over UDP at SSLPort, where OpenResty was built with it",
     )
     dh_param: bool = Field(False, description="use DHParamPath for DHE key exchange")
-    dh_param_path: str = Field(
+    dh_param_path: Word = Field(
         "", description="file with DH parameters inside the OpenResty container"
     )
     redirect_code: Literal[301, 302, 303, 307, 308] = Field(
@@ -422,7 +455,7 @@ class Rule(_Table):
 class OpenResty(_Table):
     """`[OpenResty]`: how the agent finds its OpenResty instances and talks to them."""
 
-    urls: tuple[str, ...] = Field(
+    urls: tuple[Url, ...] = Field(
         (), description="admin URLs of instances outside Docker, http://host:port or unix:/path"
     )
     service_name: str = Field(
@@ -449,7 +482,7 @@ class OpenResty(_Table):
 class Settings(_Table):
     """All of `config.toml`."""
 
-    listen_addr: str = Field(
+    listen_addr: Annotated[str, AfterValidator(parse_listen)] = Field(
         ":8080", description="agent's HTTP listener: /metrics, /healthz, /readyz, /api/state"
     )
     enable_metrics: bool = Field(True, description="serve /metrics on ListenAddr")
@@ -595,12 +628,13 @@ class _Reading:
     def __init__(self, text: str, where: str) -> None:
         self._text = text
         self._where = where
+        self._origins: interlock2.Origins = {}
         self.remarks: list[Remark] = []
         self.problems: list[str] = []
 
     def settings(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """The values under the schema's spelling, without what means "default"."""
-        raw, said = interlock2.adapt(raw)
+        raw, said, self._origins = interlock2.adapt(raw)
         for text in said:
             self._remark(text)
         known = self._canonical(raw, Settings, path="")
@@ -613,6 +647,7 @@ class _Reading:
 
     def wrong(self, path: tuple[int | str, ...], value: object, expected: str) -> None:
         """Note a value that cannot be taken."""
+        path = (*self._origins.get(path[:3], path[:3]), *path[3:])
         line = _line_of(self._text, path)
         at = f"line {line}: " if line else ""
         self.problems.append(
@@ -645,7 +680,9 @@ class _Reading:
             if name is None:
                 near = difflib.get_close_matches(key.lower(), spelling, n=1)
                 meant = f"; did you mean {spelling[near[0]]}?" if near else ""
-                self._remark(f"unknown key {path}{key} is ignored{meant}", unknown=True)
+                where = self._origins.get(_parts(path, key))
+                told = _spelled(where) if where else f"{path}{key}"
+                self._remark(f"unknown key {told} is ignored{meant}", unknown=True)
             elif name in taken:
                 self._remark(
                     f"{path}{key} is the same key as {path}{taken[name]}, whose value counts; "
@@ -748,6 +785,12 @@ def _shown(value: object) -> str:
 
 
 _LONGEST_SHOWN = 100
+
+
+def _parts(path: str, key: str) -> tuple[int | str, ...]:
+    """`Extensions[0].` and a key as the parts of a path."""
+    found = re.fullmatch(r"(\w+)\[(\d+)\]\.", path)
+    return (found[1], int(found[2]), key) if found else (path, key)
 
 
 def _spelled(path: tuple[int | str, ...]) -> str:

@@ -492,7 +492,7 @@ def test_each_key_of_interlock_2_that_is_not_used_says_so():
 def test_what_interlock_2_did_not_know_is_told_in_its_form_too():
     (remark,) = load("[Extensions.x]\nPrt = 8", where="c")[1]
     assert remark.unknown
-    assert "unknown key Extensions[0].Prt" in str(remark)
+    assert "unknown key Extensions.x.Prt" in str(remark)
 
 
 # --- what is in front of OpenResty
@@ -602,3 +602,53 @@ def test_what_is_tried_again_is_in_words_of_nginx():
     found = problem("[[Extensions]]\nProxyNextUpstream = 'error timeouts'")
     assert "line 2: Extensions[0].ProxyNextUpstream: got 'error timeouts'" in found
     assert "invalid_header" in found
+
+
+def test_a_wrong_value_of_interlock_2_is_told_where_it_stands():
+    with pytest.raises(SettingsError) as caught:
+        load(
+            "[Extensions]\n"
+            "[Extensions.default]\n"
+            'TargetPort = "80"\n'
+            "[Extensions.default.Config]\n"
+            'ConnectTimeout = "6s"\n'
+            'KeepaliveTimeout = "soon"\n',
+            where="c",
+        )
+    assert caught.value.problems == (
+        "c: line 3: Extensions.default.TargetPort: got '80', expected a whole number",
+        "c: line 5: Extensions.default.Config.ConnectTimeout: got '6s', expected a whole number",
+        "c: line 6: Extensions.default.Config.KeepaliveTimeout: got 'soon', "
+        'expected a duration such as "500ms" or "1m30s"',
+    )
+
+
+def test_an_unknown_key_of_interlock_2_is_told_where_it_stands():
+    _, (warning,) = load("[Extensions.default.Config]\nVersion = 'x'", where="c")
+    assert str(warning) == "c: unknown key Extensions.default.Config.Version is ignored"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'ListenAddr = "8080x"',
+        'ListenAddr = ":99999"',
+        '[OpenResty]\nURLs = ["localhost:8081"]',
+        '[OpenResty]\nURLs = ["http://"]',
+        '[OpenResty]\nURLs = ["http://a:99999"]',
+        '[OpenResty]\nURLs = ["ftp://a"]',
+        '[[Extensions]]\nSSLCiphers = "HIGH$x"',
+        '[[Extensions]]\nSSLCiphers = "a\\nb"',
+        '[[Extensions]]\nDHParamPath = "a\\tb"',
+    ],
+)
+def test_what_could_never_come_into_force_is_refused_at_once(line):
+    assert "expected" in problem(line)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://a:8081", "https://[::1]:8081", "http://10.0.0.1", "unix:/run/x", "https://a/b"],
+)
+def test_addresses_of_instances(url):
+    assert settings(f"[OpenResty]\nURLs = ['{url}']").openresty.urls == (url,)
