@@ -244,7 +244,6 @@ def _set_up_logging(level: str, *, debug: bool) -> None:
     # A line per request of theirs says nothing that ours do not.
     for noisy in ("urllib3", "docker"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    logging.getLogger("kazoo").setLevel(logging.CRITICAL)
 
 
 @main.command()

@@ -6,6 +6,7 @@ what it cannot mend is given up and made anew by the next `read`.
 
 from __future__ import annotations
 
+import logging
 import threading
 from contextlib import suppress
 from typing import Any
@@ -17,6 +18,10 @@ from kazoo.handlers.threading import KazooTimeoutError
 from agent.config.kv import ANSWER_TIMEOUT, LONGEST_WAIT, Address
 from agent.config.stores import Content
 from agent.errors import SettingsError, StoreUnavailable
+
+
+# It tells of every try by itself, also in commands that log nothing; what is wrong is in our errors.
+logging.getLogger("kazoo").setLevel(logging.CRITICAL)
 
 
 class ZooKeeperStore:
