@@ -19,8 +19,7 @@ from agent.config.kv import ANSWER_TIMEOUT, LONGEST_WAIT, Address
 from agent.config.stores import Content
 from agent.errors import SettingsError, StoreUnavailable
 
-
-# It tells of every try by itself, also in commands that log nothing; what is wrong is in our errors.
+# It tells of each try, also in commands that log nothing; what is wrong is in our errors.
 logging.getLogger("kazoo").setLevel(logging.CRITICAL)
 
 
