@@ -449,30 +449,61 @@ def _braced(inside: str, lookup: Callable[[str], str | None], missing: set[str])
             return value or ""
 
 
-def parse_env_file(text: str) -> dict[str, str]:
-    """A `.env` file: `NAME=value` by line, `export` and comments allowed, values in quotes or not.
+_ENV_NAME = re.compile(r"[A-Za-z0-9_.\[\]-]+")
+_ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
+
+
+def parse_env_file(text: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """A `.env` file as Docker Compose reads it.
+
+    `NAME=value` by line, with `export` and comments; values in quotes may have several lines, and
+    what is not in single quotes may have variables. A name alone is the environment's.
 
     Raises:
         ComposeFileError: a line is neither.
     """
     found: dict[str, str] = {}
-    for number, raw in enumerate(text.splitlines(), 1):
-        line = raw.strip().removeprefix("export ").strip()
+    lines = text.removeprefix("\ufeff").splitlines()
+    at = 0
+    while at < len(lines):
+        number, line = at + 1, lines[at].strip().removeprefix("export ").strip()
+        at += 1
         if not line or line.startswith("#"):
             continue
         name, equals, value = line.partition("=")
         name, value = name.strip(), value.strip()
-        if not equals or not _NAME.fullmatch(name):
+        if not _ENV_NAME.fullmatch(name):
             raise ComposeFileError(f".env:{number}: expected NAME=value")
-        if value[:1] in ("'", '"'):
-            end = value.find(value[0], 1)
-            if end < 0:
-                raise ComposeFileError(f".env:{number}: the quote is not closed on its line")
+        if not equals:
+            continue
+        quote = value[:1]
+        if quote in ("'", '"'):
+            while (end := _quote_end(value, quote)) < 0:
+                if at == len(lines):
+                    raise ComposeFileError(f".env:{number}: the quote is not closed")
+                value += "\n" + lines[at]
+                at += 1
             value = value[1:end]
         else:
             value = re.split(r"\s+#", value, maxsplit=1)[0]
-        found[name] = value
+        if quote == '"':
+            value = re.sub(r"\\(.)", lambda match: _ESCAPES.get(match[1], match[1]), value)
+        found[name] = value if quote == "'" else _expanded(value, {**found, **environment})
     return found
+
+
+def _quote_end(value: str, quote: str) -> int:
+    """Where the quote that a value begins with is closed; below 0 where it is not."""
+    match = re.compile(rf"(?:\\.|[^\\{quote}])*{quote}", re.DOTALL).match(value, 1)
+    return match.end() - 1 if match else -1
+
+
+def _expanded(value: str, variables: Mapping[str, str]) -> str:
+    """A value with its variables put in; one with a `$` that begins none stays as it is."""
+    try:
+        return interpolate(value, variables.get, set())
+    except _BadVariableError:
+        return value
 
 
 # --- one file ----------------------------------------------------------------------------------
@@ -502,7 +533,7 @@ class _Reader:
 
     def __init__(self, environment: Mapping[str, str], env_file: str | None) -> None:
         self._environment = environment
-        self._env_file = parse_env_file(env_file) if env_file is not None else {}
+        self._env_file = parse_env_file(env_file or "", environment)
         self._from_file: set[str] = set()
         self._told: set[str] = set()
         self._first: dict[str, Place] = {}

@@ -173,7 +173,29 @@ class TestReading:
 
     def test_an_env_file_line_that_is_none_is_refused(self):
         with pytest.raises(ComposeFileError, match=r"\.env:2: expected NAME=value"):
-            read("services: {}", env_file="A=1\nnonsense\n")
+            read("services: {}", env_file="A=1\nno sense\n")
+
+    def test_an_env_file_as_people_have_them(self):
+        text = "services: {a: {labels: ['a=$A', 'b=$B', 'c=$C', 'd=$D', 'e=$E', 'f=$F']}}"
+        env_file = (
+            '\ufeffKEY="-----BEGIN\r\nab=c\r\n-----END" # its end\r\n'
+            "BASE=example.com\r\nA=shop.${BASE}\r\nB='shop.${BASE}'\r\n"
+            'C="a \\"b\\" ${NONE:-c}"\r\nD=pa$$$ord\r\nmy-own.name=1\r\nE\r\nF=$G\r\n'
+        )
+        environment = {"E": "outer", "G": "of the environment"}
+        labels = only(read(text, environment=environment, env_file=env_file)).labels
+        assert {name: item.value for name, item in labels.items()} == {
+            "a": "shop.example.com",
+            "b": "shop.${BASE}",
+            "c": 'a "b" c',
+            "d": "pa$",
+            "e": "outer",
+            "f": "of the environment",
+        }
+
+    def test_an_env_file_with_an_open_quote_is_refused(self):
+        with pytest.raises(ComposeFileError, match=r"\.env:2: the quote is not closed"):
+            read("services: {}", env_file='A=1\nB="x\ny\n')
 
     def test_the_env_file_is_told_where_docker_does_not_read_it(self):
         text = "services: {a: {deploy: {labels: ['x=$A']}}}"
