@@ -403,3 +403,9 @@ def test_a_bad_redirect_is_told_by_itself():
     reading = read(docker(hosts="a.example.com", redirects="http://a.example.com,x.org;nonsense"))
     (refused,) = reading.rejections
     assert refused.message == 'com.docker.lb.redirects="nonsense" is not a redirect.'
+
+
+@pytest.mark.parametrize("label", ["com.docker.lb.bogus", "interlock.x.", "interlock.version"])
+def test_nothing_is_suggested_where_nothing_is_near(label):
+    told = [item for item in read({label: "1"}).rejections if item.reason == "label_ignored"]
+    assert [item.hint for item in told] == ["See docs/labels.md for the known labels."]
