@@ -793,3 +793,10 @@ def test_another_option_that_cannot_be_read_is_refused_alone():
 def test_no_interval_is_the_usual_one_as_interlock_had_it():
     assert the_policy(health_check_interval="").check == Check(CheckKind.TCP)
     assert the_policy(health_check_interval="0").check == Check(CheckKind.TCP)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("word", ["$aa", '"$aa" ', "a ", "/$a1"])
+def test_a_directive_that_is_none_is_told_without_trying_for_ever(word):
+    reading = read(backend_option=f"add_header {word * 200}{{;")
+    assert [item.reason for item in reading.rejections] == ["invalid_label"]
