@@ -502,7 +502,7 @@ def _expanded(value: str, variables: Mapping[str, str]) -> str:
     """A value with its variables put in; one with a `$` that begins none stays as it is."""
     try:
         return interpolate(value, variables.get, set())
-    except _BadVariableError:
+    except (_BadVariableError, RecursionError):
         return value
 
 
@@ -691,6 +691,8 @@ class _Reader:
             text = interpolate(value.text, self._lookup, missing)
         except _BadVariableError as error:
             raise ComposeFileError(f"{value.place}: {error}") from None
+        except RecursionError:
+            raise ComposeFileError(f"{value.place}: variables are nested too deeply") from None
         if len(self._from_file) > known:
             self._first.setdefault("env_file", value.place)
         if _COMPOSE_ONLY.search(value.text):

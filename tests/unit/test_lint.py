@@ -193,6 +193,11 @@ class TestReading:
             "f": "of the environment",
         }
 
+    def test_variables_nested_too_deeply_are_refused(self):
+        text = "${A:-" * 3000 + "}" * 3000
+        with pytest.raises(ComposeFileError, match=r"^a\.yml:1: variables are nested too deeply"):
+            read(f"services: {{a: {{hostname: '{text}'}}}}", env_file=f"B={text}")
+
     def test_an_env_file_with_an_open_quote_is_refused(self):
         with pytest.raises(ComposeFileError, match=r"\.env:2: the quote is not closed"):
             read("services: {}", env_file='A=1\nB="x\ny\n')
