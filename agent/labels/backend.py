@@ -237,8 +237,8 @@ def protects(text: str) -> bool:
     return _PROTECTIVE_WORD.search(text) is not None
 
 
-# A variable's name is taken whole and never shorter (`*+`): read in all ways that there are, a label
-# of some dozen variables would keep us busy for ever.
+# A variable's name is taken whole and never shorter (`*+`): read in all ways that there are, a
+# label of some dozen variables would keep us busy for ever.
 _NAME = r"[a-z][a-z0-9_]{0,63}"
 _WORD = r"(?:[A-Za-z0-9_./:,=%+*@^~?!&|()<>\[\]-]|\$[a-z_][a-z0-9_]*+)+"
 _QUOTED = r'"(?:[^"\\${};\x00-\x1f\x7f-\uffff]|\$[a-z_][a-z0-9_]*+)*"'
