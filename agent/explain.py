@@ -519,7 +519,9 @@ class _Teller:
 
     def _instance_step(self, workload: Workload, instance: Instance, examined: Examined) -> Step:
         node = f" on {instance.node}" if instance.node else ""
-        who = f"{instance.name or 'instance'} ({instance.id[:_SHOWN_IDS]}){node}"
+        # An id of Docker's is known by its beginning; cut, an address would be another one.
+        shown = instance.id[:_SHOWN_IDS] if instance.id.isalnum() else instance.id
+        who = f"{instance.name or 'instance'} ({shown}){node}"
         why = f": {instance.detail}" if instance.detail else ""
         if instance.state is InstanceState.WAITING:
             return Step(Outcome.NOTE, f"{who} is not up yet{why}.")

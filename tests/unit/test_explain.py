@@ -155,6 +155,11 @@ def test_an_instance_is_told_of_without_its_siblings():
     assert not any("web1" in step.text for step in account.steps)
 
 
+def test_the_id_of_an_instance_that_is_an_address_is_not_cut():
+    told = ask("web", service("web", labels(hostname="a"), instance("127.0.0.1:8080", "127.0.0.1")))
+    assert any("(127.0.0.1:8080)" in step.text for step in told.accounts[0].steps)
+
+
 def test_nothing_found_suggests_what_is_near():
     told = ask("shop_wbe")
     assert (told.found, told.routed) == (False, False)
