@@ -34,7 +34,6 @@ from agent.errors import (
     WatchCompacted,
     WatchUnavailable,
 )
-from agent.http import parse_listen
 from agent.metrics import version
 from agent.model import Rejection, Site, Snapshot, SourceSnapshot
 
@@ -137,10 +136,6 @@ def _settings(loaded: Loaded, *, strict: bool) -> Iterator[Finding]:
             f"{loaded.where} beats {place}, which is not read",
             "A key-value store comes before the environment, and that before a file: give one.",
         )
-    try:
-        parse_listen(loaded.settings.listen_addr)
-    except SettingsError as error:
-        yield Finding(Level.FAILED, "settings", str(error), 'Set ListenAddr = ":8080".')
 
 
 def _token(settings: Settings) -> Iterator[Finding]:

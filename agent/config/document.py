@@ -160,6 +160,8 @@ def _is_unused(field: Any) -> bool:
 def _type(annotation: Any) -> str:
     """How a value of that type is written in TOML."""
     origin = get_origin(annotation)
+    if origin is Annotated:
+        return _type(get_args(annotation)[0])
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(annotation))
     if origin is tuple:

@@ -185,7 +185,7 @@ def _parse(
             f"{path}: the file is empty; for no services at all write: service = []"
         )
     try:
-        raw = tomli.loads(content.decode())
+        raw = tomli.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise StaticFileError(f"{path}: not UTF-8: {error}") from error
     except (ValueError, RecursionError) as error:  # tomli's own, a number of thousands of digits …

@@ -142,7 +142,6 @@ def test_check_finds_each_fault_and_gives_its_cure(config, free_port, tmp_path):
     config.write_text(
         config.read_text()
         + f"""
-        ListenAddr = "nonsense"
         [OpenResty]
         TokenFile = "{tmp_path}/no-token"
         URLs = ["http://127.0.0.1:{port}"]
@@ -154,13 +153,19 @@ def test_check_finds_each_fault_and_gives_its_cure(config, free_port, tmp_path):
     findings = json.loads(result.stdout)["findings"]
     failed = {item["subject"]: item for item in findings if item["level"] == "failed"}
     assert set(failed) == {
-        "settings",
         "token",
         "source static",
         f"OpenResty http://127.0.0.1:{port}",
     }
     assert "no-token cannot be read" in failed["token"]["text"]
     assert all(item["cure"] for item in failed.values())
+
+
+def test_settings_that_could_not_be_listened_by_are_refused_with_their_line(config):
+    config.write_text(f'ListenAddr = "nonsense"\n{config.read_text()}')
+    result = tidegate("check", "-c", config)
+    assert result.exit_code == USAGE
+    assert "line 1: ListenAddr: got 'nonsense', expected something like" in result.stderr
 
 
 def test_check_says_that_there_is_no_engine_and_how_to_do_without(tmp_path):
