@@ -1,7 +1,7 @@
 --- Picks the peer for a request: all that Tidegate does on the path of every request.
 --
--- Why: one read of the upstream's name, one of its version number; all else is this worker's own
--- memory until that number changes. Which peer it is says `tidegate.selection`, which ones can be
+-- Why: one read of the upstream's name, one of the number of the newest change; all else is this
+-- worker's own memory until that changes. Which peer it is says `tidegate.selection`, which ones can be
 -- sent to `tidegate.health`. Nothing here waits; a request that finds no peer fails over to
 -- `tidegate.hold`.
 
@@ -20,18 +20,21 @@ local policies = require "tidegate.policy"
 local queue = require "tidegate.queue"
 local retry = require "tidegate.retry"
 local selection = require "tidegate.selection"
+local signal = require "tidegate.signal"
 local sticky = require "tidegate.sticky"
 local store = require "tidegate.store"
 
 local ptr = ngx.shared.tidegate_ptr
 
 local begin = metrics.begin
+local calm = health.calm
 local cast = ffi.cast
 local exit = ngx.exit
 local get_last_failure = balancer.get_last_failure
 local host_of = peers.host
 local look = health.look
 local match = string.match
+local newest_change = signal.newest
 local ngx = ngx
 local note_end = health.note_end
 local now = ngx.now
@@ -96,31 +99,29 @@ local function refresh(name, before)
 end
 
 
---- Upstream `name` as it is now; nil where there is none.
-local function lookup(name)
-    local number = ptr:get(name)
-    local upstream = known[name]
-    if upstream and upstream.number == number then
-        return upstream
-    end
-    return refresh(name, upstream)
-end
-
-
 --- Upstream `name` as it is now, with what is known of its peers' health; nil where there is none.
 function _M.lookup(name)
-    local upstream = lookup(name)
+    local upstream, newest = known[name], newest_change()
+    if upstream and upstream.seen == newest then
+        return upstream
+    end
+    if not upstream or upstream.number ~= ptr:get(name) then
+        upstream = refresh(name, upstream)
+    end
     if upstream then
-        look(upstream)
+        upstream.seen = look(upstream) and newest
     end
     return upstream
 end
 
 
+local lookup = _M.lookup
+
+
 --- Whether no admitted peer is left that can be sent to. It takes nobody's turn, so that it may be
 -- asked before each request.
 function _M.is_exhausted(upstream)
-    if upstream.up > 0 and health.calm(upstream) then
+    if upstream.up > 0 and calm(upstream) then
         return false
     end
     local at = now()
@@ -193,7 +194,6 @@ local function choose(upstream, tried)
     end
     local canary = upstream.canary and canary_for(upstream)
     if canary then
-        look(canary)
         local index = admit(canary) and select_peer(canary, tried, true)
         if index then
             origins[current()] = upstream.name
@@ -217,7 +217,7 @@ local function go_back()
     end
     origins[request] = nil
     var.tidegate_upstream = name
-    return _M.lookup(name)
+    return lookup(name)
 end
 
 
@@ -312,7 +312,7 @@ function _M.balance()
         local why
         if upstream then
             local before = begin(upstream.stats)
-            if look(upstream) and upstream.plain and not upstream.special and not before
+            if calm(upstream) and upstream.plain and not upstream.special and not before
                     and not upstream.open_until then
                 index = upstream.picker:next()
                 if upstream.tries then

@@ -14,6 +14,7 @@ local codec = require "tidegate.codec"
 local load = require "tidegate.load"
 local lock = require "tidegate.lock"
 local policies = require "tidegate.policy"
+local signal = require "tidegate.signal"
 
 local ctl = ngx.shared.tidegate_ctl
 local ptr = ngx.shared.tidegate_ptr
@@ -240,6 +241,7 @@ local function recover()
         ctl:incr("content", 1, 0)
         ctl:delete("dirty")
     end
+    signal.end_change()
 end
 
 
@@ -380,6 +382,7 @@ local function apply(token, push)
 
     -- From here to the end nothing yields and nothing can fail.
     ctl:set("dirty", push.revision)
+    signal.begin_change()
     local changed, renamed = {}, #removed > 0
     for index, entry in ipairs(staged) do
         changed[index] = entry.name
@@ -410,6 +413,7 @@ local function apply(token, push)
     ctl:set("writer", push.writer)
     ctl:set("source", "push")
     ctl:set("pushed_at", at)
+    signal.end_change()
     ctl:set("revision", push.revision)
     ctl:incr("content", 1, 0)
     ctl:delete("dirty")
@@ -483,7 +487,9 @@ local function admit(_, name, admitted)
         if not stage(entry) then
             return nil
         end
+        signal.begin_change()
         flip(entry)
+        signal.end_change()
         ctl:incr("content", 1, 0)
     end
     return true
