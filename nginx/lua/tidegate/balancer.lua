@@ -1,8 +1,8 @@
 --- Picks the peer for a request: all that Tidegate does on the path of every request.
 --
 -- Why: one read of the upstream's name, one of the number of the newest change; all else is this
--- worker's own memory until that changes. Which peer it is says `tidegate.selection`, which ones can be
--- sent to `tidegate.health`. Nothing here waits; a request that finds no peer fails over to
+-- worker's own memory until that changes. Which peer it is says `tidegate.selection`, which ones
+-- can be sent to `tidegate.health`. Nothing here waits; a request that finds no peer fails over to
 -- `tidegate.hold`.
 
 local attempts = require "tidegate.attempts"
@@ -29,6 +29,7 @@ local ptr = ngx.shared.tidegate_ptr
 local begin = metrics.begin
 local calm = health.calm
 local cast = ffi.cast
+local collect = collectgarbage
 local exit = ngx.exit
 local get_last_failure = balancer.get_last_failure
 local host_of = peers.host
@@ -38,7 +39,6 @@ local newest_change = signal.newest
 local ngx = ngx
 local note_end = health.note_end
 local now = ngx.now
-local pairs = pairs
 local select_peer = selection.select
 local set_current_peer = balancer.set_current_peer
 local set_more_tries = balancer.set_more_tries
@@ -53,7 +53,13 @@ local NO_PEER = attempts.NO_PEER
 
 local _M = {}
 
-local known = {}            -- upstream name → what this worker has made of its version
+-- Upstream name → what this worker has made of its version. Each takes some kB, so that not all of
+-- thousands are kept: a full table becomes the older one, from which comes back what is asked for.
+local ROOM = 500
+-- What the collector is told to do per version that is opened, in kB: more than that takes, so that
+-- what was forgotten is gone before it adds up to much.
+local STEP = 8
+local known, older, count = {}, {}, 0
 local origins = {}          -- request that went to a canary → name of the upstream it came from
 
 
@@ -91,17 +97,51 @@ local function open(name, blob, number, before)
 end
 
 
+local function age()
+    known, older, count = {}, known, 0
+end
+
+
+local function keep(name, upstream)
+    if not known[name] then
+        if count == ROOM then
+            age()
+        end
+        count = count + 1
+    end
+    known[name] = upstream
+end
+
+
+-- What this worker has made of upstream `name`, as far as it has kept that.
+local function recall(name)
+    local upstream = known[name]
+    if not upstream then
+        upstream = older[name]
+        if upstream then
+            keep(name, upstream)
+        end
+    end
+    return upstream
+end
+
+
 local function refresh(name, before)
     local blob, number = store.get(name)
-    local upstream = blob and open(name, blob, number, before)
-    known[name] = upstream
+    if not blob then
+        known[name], older[name] = nil, nil
+        return nil
+    end
+    collect("step", STEP)
+    local upstream = open(name, blob, number, before)
+    keep(name, upstream)
     return upstream
 end
 
 
 --- Upstream `name` as it is now, with what is known of its peers' health; nil where there is none.
 function _M.lookup(name)
-    local upstream, newest = known[name], newest_change()
+    local upstream, newest = recall(name), newest_change()
     if upstream and upstream.seen == newest then
         return upstream
     end
@@ -134,14 +174,8 @@ function _M.is_exhausted(upstream)
 end
 
 
---- Forgets upstreams that are gone.
-function _M.sweep()
-    for name in pairs(known) do
-        if not store.number(name) then
-            known[name] = nil
-        end
-    end
-end
+--- Forgets upstreams that nobody has asked for since the call before the last one.
+_M.sweep = age
 
 
 local function current()
@@ -339,7 +373,7 @@ end
 --- Takes note that no peer of upstream `name` has answered the current request.
 -- @return name of the upstream that it belongs to: of a canary's request, where it came from
 function _M.give_up(name)
-    local upstream = known[name]
+    local upstream = recall(name)
     if not upstream then
         return name
     end
@@ -365,7 +399,7 @@ end
 --- Body of `log_by_lua`: takes note of the end of a request.
 function _M.log()
     local stats = metrics.log()
-    local upstream = known[stats.name]
+    local upstream = recall(stats.name) or stats.name ~= "" and lookup(stats.name)
     if upstream then
         note_end(upstream, ngx.status)
     end

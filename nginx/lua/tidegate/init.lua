@@ -103,6 +103,8 @@ function _M.start(options)
             hold.set_page(posix.read(options.error_pages .. "/" .. status .. ".html"), status)
         end
     end
+    -- What loading has left behind would go to every worker.
+    collectgarbage()
 end
 
 

@@ -1,8 +1,8 @@
 --- Plain memory that all workers share.
 --
--- Why: a shared dict costs a lock, a hash and a search for each look at it. What is read on the path
--- of every request lies in memory that the master maps before it forks, where a look is a load. It
--- is there as long as the master is, over all reloads. Nothing here knows what it is for.
+-- Why: a shared dict costs a lock, a hash and a search for each look at it. What is read on the
+-- path of every request lies in memory that the master maps before it forks, where a look is a
+-- load. It is there as long as the master is, over all reloads. Nothing here knows what it is for.
 
 local ffi = require "ffi"
 

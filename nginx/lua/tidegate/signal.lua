@@ -54,8 +54,8 @@ function _M.end_change()
 end
 
 
---- To be called after anything else was changed. Two that do so at a time leave either's number, and
--- neither was there before: who has seen the one looks again when the other comes.
+--- To be called after anything else was changed. Two that do so at a time leave either's number,
+-- and neither was there before: who has seen the one looks again when the other comes.
 function _M.note_change()
     local number = ctl:incr("change", 1, 0)
     if shared.newest == shared.newest then

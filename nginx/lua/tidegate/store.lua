@@ -21,6 +21,7 @@ local ptr = ngx.shared.tidegate_ptr
 local dat = ngx.shared.tidegate_dat
 local probes = ngx.shared.tidegate_probes
 
+local collect = collectgarbage
 local error = error
 local ipairs = ipairs
 local match = string.match
@@ -34,6 +35,10 @@ local update_time = ngx.update_time
 local LOCK = "push"
 local LOCK_WAIT = 2
 local SLICE = 0.001
+-- What a push has the collector do, in kB after so many upstreams: so that what it leaves behind
+-- does not add up to memory that the worker never gives back.
+local BATCH = 64
+local STEP = 384
 
 local _M = {}
 
@@ -323,6 +328,9 @@ local function apply(token, push)
     local peers = full and 0 or ctl:get("peers") or 0
     for name, upstream in push.next do
         breathe()
+        if upserted % BATCH == BATCH - 1 then
+            collect("step", STEP)
+        end
         local old_blob, old_number = _M.get(name)
         local old = old_blob and codec.decode(old_blob)
         carry_over(upstream, old, at)
