@@ -149,7 +149,10 @@ def _token(settings: Settings) -> Iterator[Finding]:
         token = Token(token=driver.token, file=driver.token_file).read()
     except InstanceUnauthorized as error:
         yield Finding(
-            Level.FAILED, "token", str(error), "Mount the secret there, readable by this user."
+            Level.FAILED,
+            "token",
+            str(error),
+            "Put the token there, or mount the secret, so that this user may read it.",
         )
         return
     if token:
@@ -315,7 +318,7 @@ def _sources(settings: Settings, snapshots: list[SourceSnapshot]) -> Iterator[Fi
                 Level.FAILED,
                 f"source {source.name}",
                 str(error),
-                "What it published before serves on; see docs/operations.md.",
+                "Mend what it names. What an agent that runs has published before serves on.",
             )
             continue
         snapshots.append(snapshot)

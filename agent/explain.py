@@ -376,11 +376,13 @@ class _Teller:
                 )
             ]
         for route in examined.reading.routes:
+            by_path = route.host or route.default_backend
+            root = f", context root {route.context_root}" if by_path else ""
             which = f" (route {route.name})" if route.name else ""
             steps.append(
                 Step(
                     Outcome.OK,
-                    f"Its labels ask for {route.what}, context root {route.context_root}{which}.",
+                    f"Its labels ask for {route.what}{root}{which}.",
                 )
             )
         written = {**examined.workload.template_labels, **examined.workload.labels}
@@ -515,7 +517,10 @@ class _Teller:
 
     def _instance_step(self, workload: Workload, instance: Instance, examined: Examined) -> Step:
         node = f" on {instance.node}" if instance.node else ""
-        who = f"{instance.name or 'instance'} ({instance.id[:_SHOWN_IDS]}){node}"
+        # The name of a static peer has its id in it.
+        static = workload.kind is WorkloadKind.STATIC
+        which = "" if static else f" ({instance.id[:_SHOWN_IDS]})"
+        who = f"{instance.name or 'instance'}{which}{node}"
         why = f": {instance.detail}" if instance.detail else ""
         if instance.state is InstanceState.WAITING:
             return Step(Outcome.NOTE, f"{who} is not up yet{why}.")

@@ -83,6 +83,9 @@ def render(site: Site, settings: Settings, caps: Capabilities) -> dict[str, str]
             syntax.
     """
     extension = settings.extension
+    if extension.template_path and not Path(extension.template_path).is_dir():
+        # The built-in ones in its place would take away what the operator's add.
+        raise RenderError(f"TemplatePath {extension.template_path} is no directory that is there")
     templates = _templates(extension.template_path)
     http2_directive = caps.nginx_version >= _HTTP2_DIRECTIVE_SINCE
     grpc = any(

@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import tomli
 from pydantic import (
@@ -31,6 +32,8 @@ from agent.config import interlock, interlock2
 from agent.errors import SettingsError
 
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|us|µs|h|m|s)")
+LONGEST_SECONDS = 365 * 86400
+"""Of any duration: what is longer means never, and is more than a system call can wait for."""
 _SECONDS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -52,12 +55,12 @@ def parse_duration(value: object) -> object:
 Seconds = Annotated[
     float,
     BeforeValidator(parse_duration),
-    Field(ge=0),
+    Field(ge=0, le=LONGEST_SECONDS),
     WithJsonSchema(
         {
             "anyOf": [
                 {"type": "string", "pattern": r"^\s*((\d+(\.\d+)?)(ms|us|µs|h|m|s))*\s*$"},
-                {"type": "number", "minimum": 0},
+                {"type": "number", "minimum": 0, "maximum": LONGEST_SECONDS},
             ]
         }
     ),
@@ -72,7 +75,23 @@ def parse_network(value: str) -> str:
         raise ValueError('expected an address or a network such as "10.0.0.0/8"') from None
 
 
+def check_admin_url(value: str) -> str:
+    """Whether an instance can be reached there; else its driver would look in the wrong place."""
+    expected = 'expected "http://HOST:PORT", "https://HOST:PORT" or "unix:/PATH"'
+    if value.startswith("unix:/"):
+        return value
+    try:
+        parts = urlsplit(value)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        good = False
+    if not good or parts.username is not None or parts.query or parts.fragment:
+        raise ValueError(expected)
+    return value
+
+
 Network = Annotated[str, AfterValidator(parse_network)]
+AdminURL = Annotated[str, AfterValidator(check_admin_url)]
 Size = Annotated[str, Field(pattern=r"^\d+[kKmM]?$")]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Positive = Annotated[int, Field(ge=1)]
@@ -394,7 +413,7 @@ class Rule(_Table):
 class OpenResty(_Table):
     """`[OpenResty]`: how the agent finds its OpenResty instances and talks to them."""
 
-    urls: tuple[str, ...] = Field(
+    urls: tuple[AdminURL, ...] = Field(
         (), description="admin URLs of instances outside Docker, http://host:port or unix:/path"
     )
     service_name: str = Field(
@@ -540,7 +559,7 @@ def load(text: str, *, where: str) -> tuple[Settings, tuple[Remark, ...]]:
     """
     try:
         raw = tomli.loads(text)
-    except tomli.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # tomli's own, a number of thousands of digits …
         raise SettingsError(f"{where}: not valid TOML: {error}") from error
     reading = _Reading(text, where)
     known = reading.settings(raw)

@@ -534,3 +534,33 @@ def test_the_proxy_protocol_without_trusted_proxies_is_told():
 def test_settings_for_connections_of_clients_are_checked(line):
     with pytest.raises(SettingsError):
         load(f"[[Extensions]]\n{line}", where="c")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "127.0.0.1:8081", "localhost:8081", "http://", "http://h:port", "http://h:0", "ftp://h",
+        "http://[::1", "http://user:word@h", "http://h/?x", "unix:relative", "/run/admin.sock",
+    ],
+)  # fmt: skip
+def test_an_admin_url_that_is_none_is_told_with_what_is_expected(url):
+    said = problem(f'[OpenResty]\nURLs = ["http://good:8081", "{url}"]')
+    assert said == (
+        f"config.toml: line 2: OpenResty.URLs[1]: got '{url}', expected "
+        '"http://HOST:PORT", "https://HOST:PORT" or "unix:/PATH"'
+    )
+
+
+@pytest.mark.parametrize("url", ["http://h", "https://h:1", "http://[::1]:1/base", "unix:/run/x"])
+def test_an_admin_url_is_taken_as_it_is(url):
+    assert settings(f'[OpenResty]\nURLs = ["{url}"]').openresty.urls == (url,)
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", '"999999h"', "31536001"])
+def test_a_time_is_one_that_can_be_waited_for(value):
+    assert "PollInterval" in problem(f"PollInterval = {value}")
+
+
+@pytest.mark.parametrize("text", [f"Port = {'9' * 5000}", f"x = {'[' * 5000}{']' * 5000}"])
+def test_toml_that_no_reader_takes_is_told_like_toml_that_is_none(text):
+    assert problem(text).startswith("config.toml: not valid TOML: ")
