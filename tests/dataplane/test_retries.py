@@ -315,6 +315,51 @@ def test_a_circuit_stays_open_through_pushes_and_goes_with_the_upstream(routed: 
         assert (circuit(routed), request(routed.http_port).status) == ("closed", 500)
 
 
+def test_a_canary_serves_while_the_circuit_of_where_its_requests_come_from_is_open(
+    routed: Proxy,
+) -> None:
+    with backends(2) as (old, new):
+        old.status = 500
+        policy = {"circuit": {**CIRCUIT, "open": 60}}
+        routed.admin.put({A: with_policy(old.peer(), **policy), "next": upstream(new.peer())})
+        for _ in range(10):
+            request(routed.http_port)
+        wait_until(lambda: circuit(routed) == "open")
+        rule = {"upstream": "next", "weight": 100}
+        routed.admin.patch({A: with_policy(old.peer(), canary=rule, **policy)})
+        assert {request(routed.http_port).text for _ in range(10)} == {new.name}
+        assert circuit(routed) == "open"
+
+
+def test_a_request_that_tries_a_canarys_circuit_says_nothing_of_the_other_one(
+    routed: Proxy,
+) -> None:
+    """It fails there, goes back, and is no verdict on the upstream that it came from."""
+    with backends(2) as (old, new):
+        new.status = 500
+        rule = {"upstream": "next", "weight": 100}
+        canary = {"circuit": {**CIRCUIT, "open": 0.3}, "retry": {"on": ["error"]}, "passive": NEVER}
+        main = {"circuit": CIRCUIT, "passive": NEVER, "canary": rule}
+        routed.admin.put(
+            {A: with_policy(old.peer(), **main), "next": with_policy(new.peer(), **canary)}
+        )
+
+        def of_canary() -> str:
+            state: str = routed.admin.shown("next")["live"]["circuit"]
+            return state
+
+        for _ in range(10):
+            assert request(routed.http_port).status == 500
+        wait_until(lambda: of_canary() == "open")
+        assert {request(routed.http_port).text for _ in range(6)} == {old.name}
+        wait_until(lambda: of_canary() == "half_open")
+        old.status = 500
+        assert request(routed.http_port, "/reset").status == 502
+        assert new.requests[-1].path == "/reset"
+        assert circuit(routed) == "closed"
+        wait_until(lambda: of_canary() == "open")
+
+
 def test_a_circuit_counts_no_request_that_found_no_peer(routed: Proxy) -> None:
     routed.admin.put(
         {A: {**upstream(), "policy": {"algorithm": "round_robin", "circuit": CIRCUIT}}}

@@ -159,7 +159,8 @@ local function canary_for(upstream)
     if not other or other.up == 0 then
         return nil
     end
-    if wanted or selection.knows(other) or canaries.turn(canary) then
+    if wanted or selection.knows(other)
+            or canaries.turn(canary, upstream.ring and upstream.ring.key()) then
         return other
     end
     return nil
@@ -168,14 +169,24 @@ end
 
 -- Whether the circuit of `upstream` lets this request through.
 local function admit(upstream)
-    if not upstream.open_until or var.tidegate_trial == "1" then
+    if not upstream.open_until or var.tidegate_trial == upstream.name then
         return true
     end
     local may, trial = circuit.admit(upstream)
     if trial then
-        var.tidegate_trial = "1"
+        var.tidegate_trial = upstream.name
     end
     return may
+end
+
+
+-- The request that tries the circuit of `upstream`, if this is it, goes elsewhere.
+-- @param failed as for `circuit.tried`
+local function end_trial(upstream, failed)
+    if upstream.open_until and var.tidegate_trial == upstream.name then
+        circuit.tried(upstream, failed)
+        var.tidegate_trial = ""
+    end
 end
 
 
@@ -186,22 +197,28 @@ local function choose(upstream, tried)
     if upstream.counted then
         local before, index = queue.admitted()
         if before then
-            return before, index
-        elseif upstream.queue > 0 and queue.busy(upstream) then
-            return upstream, nil, FULL
+            return before, admit(before) and index or nil, "open"
         end
     end
     local canary = upstream.canary and canary_for(upstream)
     if canary then
         look(canary)
-        local index = admit(canary) and select_peer(canary, tried, true)
-        if index then
-            origins[current()] = upstream.name
-            canary.stats.ended = true
-            var.tidegate_upstream = canary.name
-            begin(canary.stats)
-            return canary, index
+        if admit(canary) then
+            local index = select_peer(canary, tried, true)
+            if index then
+                origins[current()] = upstream.name
+                canary.stats.ended = true
+                var.tidegate_upstream = canary.name
+                begin(canary.stats)
+                return canary, index
+            end
+            end_trial(canary)
         end
+    end
+    if not admit(upstream) then
+        return upstream, nil, "open"
+    elseif upstream.queue > 0 and queue.busy(upstream) then
+        return upstream, nil, FULL
     end
     return upstream, select_peer(upstream, tried)
 end
@@ -216,6 +233,10 @@ local function go_back()
         return nil
     end
     origins[request] = nil
+    local canary = known[var.tidegate_upstream]
+    if canary then
+        end_trial(canary, true)
+    end
     var.tidegate_upstream = name
     return _M.lookup(name)
 end
@@ -277,9 +298,7 @@ end
 -- @return upstream, index or nil, and why there is none
 local function choose_first(upstream, before)
     local again = before and var.tidegate_again or ""
-    if not admit(upstream) then
-        return upstream, nil, "open"
-    elseif again == "" and retry.heeds_answers(upstream) and var.tidegate_streamed ~= "1" then
+    if again == "" and retry.heeds_answers(upstream) and var.tidegate_streamed ~= "1" then
         return upstream, nil, "led"
     end
     local tried
