@@ -202,17 +202,40 @@ local function wait(name, tried, started, pause)
 end
 
 
--- Waits before the request has been sent to anybody, where all peers are known to be away.
+-- Takes a place with a peer whose number of requests is limited, or waits for one.
+-- @param full whether all peers are known to be full
+-- @return whether the request can go on
+local function take_place(name, full)
+    local admitted, how = queue.wait(name, balancer.lookup)
+    if not admitted then
+        metrics.add(name, how == "expired" and metrics.QUEUE_EXPIRED or metrics.QUEUE_REFUSED)
+        return false
+    elseif full or how then
+        metrics.add(name, metrics.QUEUE_ADMITTED)
+    end
+    return true
+end
+
+
+-- Waits before the request has been sent to anybody, where all peers are known to be away or have
+-- as many requests as they may have.
 local function wait_before()
     local name = var.tidegate_upstream
     local upstream = balancer.lookup(name)
-    if not upstream or upstream.hold == 0 or not balancer.is_exhausted(upstream) then
+    if not upstream then
         return
     end
-    metrics.begin(upstream.stats)
-    local found, refused = wait(name, nil, now(), 0)
-    metrics.add(name, found and metrics.HELD_RESUMED or refused and metrics.HELD_REFUSED
-                or metrics.HELD_EXPIRED)
+    if upstream.hold > 0 and balancer.is_exhausted(upstream) then
+        metrics.begin(upstream.stats)
+        local found, refused = wait(name, nil, now(), 0)
+        metrics.add(name, found and metrics.HELD_RESUMED or refused and metrics.HELD_REFUSED
+                    or metrics.HELD_EXPIRED)
+    elseif upstream.queue > 0 and not upstream.canary and not upstream.open_until then
+        metrics.begin(upstream.stats)
+        if not take_place(name, false) then
+            return answer(503)
+        end
+    end
 end
 
 
@@ -233,18 +256,6 @@ local function go_on(how)
     var.tidegate_again = how
     strip_prefix()
     ngx.status = ngx.HTTP_OK
-end
-
-
--- All peers have as many requests as they may have.
-local function wait_for_room(name)
-    local admitted, why = queue.wait(name, balancer.lookup)
-    if not admitted then
-        metrics.add(name, why == "expired" and metrics.QUEUE_EXPIRED or metrics.QUEUE_REFUSED)
-        return answer(503)
-    end
-    metrics.add(name, metrics.QUEUE_ADMITTED)
-    return go_on("queued")
 end
 
 
@@ -295,10 +306,10 @@ function _M.fail()
     end
     local repeatable = is_repeatable()
     if why == selection.FULL then
-        if not repeatable then
+        if not repeatable or not take_place(name, true) then
             return answer(503)
         end
-        return wait_for_room(name)
+        return go_on("queued")
     end
     local attempt, failed_at = tonumber(var.tidegate_attempt) or 0, now()
     var.tidegate_attempt = attempt + 1
