@@ -100,6 +100,71 @@ def test_a_status_that_the_policy_does_not_name_is_not_tried_again(routed: Proxy
         assert sum(seen(peers)) == 1
 
 
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+@pytest.mark.parametrize("on", [["http_503"], ["error", "http_500", "http_502", "http_504"]])
+def test_a_common_answer_that_the_policy_does_not_name_is_passed_on(
+    routed: Proxy, method: str, on: list[str]
+) -> None:
+    with backends(3) as peers:
+        push(routed, peers, retry={"on": on})
+        for status in (403, 404, 429):
+            for backend in peers:
+                backend.status = status
+            before = sum(seen(peers))
+            for _ in range(4):
+                answer = request(routed.http_port, method=method)
+                assert (answer.status, answer.text[0]) == (status, "b")
+            assert sum(seen(peers)) == before + 4
+
+
+def test_common_answers_that_the_policy_names_are_tried_again(proxy: Proxy) -> None:
+    """Also where a peer is dead, with a context root and a body, and by whoever had to wait."""
+    proxy.admin.site(site(proxy.http_port, {"a.test": {"/app/!": A}}))
+    dead = peer(free_port(), id="dead")
+    retry = {"on": ["error", "http_404", "http_429"]}
+    with backends(3) as peers, ThreadPoolExecutor() as pool:
+
+        def ask(path: str = "/app/echo?q=1") -> tuple[int, bytes]:
+            answer = request(proxy.http_port, path, method="PUT", body=b"x" * 100_000)
+            return answer.status, answer.body
+
+        every = [b.peer() for b in peers]
+        proxy.admin.put({A: with_policy(*every, dead, passive=NEVER, retry=retry)})
+        peers[0].status, peers[1].status = 404, 429
+        for _ in range(12):
+            assert ask() == (200, b"x" * 100_000)
+        assert {one.path for b in peers for one in b.requests} == {"/echo?q=1"}
+        assert min(seen(peers)) > 0
+        peers[2].status = 404
+        proxy.admin.patch({A: with_policy(*every, passive=NEVER, retry=retry)})
+        before = sum(seen(peers))
+        status, body = ask()
+        assert (status in (404, 429), body) == (True, b"x" * 100_000)  # the last one's own answer
+        assert sum(seen(peers)) == before + 3
+        for status in (500, 503):
+            for backend in peers:
+                backend.status = status
+            before = sum(seen(peers))
+            assert ask()[0] == status
+            assert sum(seen(peers)) == before + 1
+        # Through a hold, and through a queue.
+        peers[2].status = 200
+        proxy.admin.put({A: with_policy(hold=20.0, passive=NEVER, retry=retry)})
+        held = pool.submit(ask)
+        wait_until(
+            lambda: proxy.admin.metrics().get('tidegate_requests_in_flight{upstream="a.test/"}')
+        )
+        peers[0].status = 404
+        both = [peers[0].peer(), peers[2].peer()]
+        proxy.admin.put({A: with_policy(*both, hold=20.0, passive=NEVER, retry=retry)})
+        assert held.result() == (200, b"x" * 100_000)
+        proxy.admin.put({})
+        limits = {"max_conns": 1, "queue": 5, "queue_timeout": 20}
+        proxy.admin.put({A: with_policy(*both, passive=NEVER, retry=retry, **limits)})
+        answers = [pool.submit(ask) for _ in range(5)]
+        assert {a.result() for a in answers} <= {(200, b"x" * 100_000), (404, b"x" * 100_000)}
+
+
 @pytest.mark.parametrize(
     ("method", "on", "site_has"),
     [

@@ -29,6 +29,8 @@ local var = ngx.var
 
 -- nginx allows 10 internal redirects per request.
 local MAX_ATTEMPTS = 8
+-- Where each attempt takes two of them.
+local MAX_ATTEMPTS_ELSEWHERE = 3
 -- While peers are there and refuse, they are more likely broken than on their way.
 local REFUSING_LIMIT = 5
 -- Longer than a replacement commonly takes that is started once the old one has ended.
@@ -251,11 +253,14 @@ function _M.before_grpc()
 end
 
 
--- Has the request proxied again from here.
-local function go_on(how)
+-- Has the request proxied again from here, or from the location `elsewhere`.
+local function go_on(how, elsewhere)
     var.tidegate_again = how
     strip_prefix()
     ngx.status = ngx.HTTP_OK
+    if elsewhere then
+        return ngx.exec(elsewhere)
+    end
 end
 
 
@@ -277,8 +282,10 @@ end
 
 
 --- Body of `rewrite_by_lua` of the location that failed requests are led to. Returns if the
--- request is to be proxied again.
-function _M.fail()
+-- request is to be proxied again from there.
+-- @param any name of the location to proxy it from where a policy has statuses tried again that
+--   this one has not; nil where it has all
+function _M.fail(any)
     local status, name = ngx.status, var.tidegate_upstream
     if not name or name == "" or status == 503 then
         return answer(status)
@@ -296,7 +303,7 @@ function _M.fail()
         metrics.add(name, metrics.CIRCUIT_REFUSED)
         return answer(503, upstream and circuit.retry_after(upstream))
     elseif why == "led" then
-        return go_on("led")
+        return go_on("led", upstream and upstream.retry_any and any)
     elseif why == "" and not made.asked then
         health.note_failure(name, upstream, made)
     end
@@ -304,20 +311,22 @@ function _M.fail()
     if origin ~= name then
         name, upstream = origin, balancer.lookup(origin)
     end
+    local elsewhere = upstream and upstream.retry_any and any
+    local limit = elsewhere and MAX_ATTEMPTS_ELSEWHERE or MAX_ATTEMPTS
     local repeatable = is_repeatable()
     if why == selection.FULL then
         if not repeatable or not take_place(name, true) then
             return answer(503)
         end
-        return go_on("queued")
+        return go_on("queued", elsewhere)
     end
     local attempt, failed_at = tonumber(var.tidegate_attempt) or 0, now()
     var.tidegate_attempt = attempt + 1
     var.tidegate_failed_at = failed_at
-    if repeatable and attempt < MAX_ATTEMPTS and upstream and why == "" and not made.asked
+    if repeatable and attempt < limit and upstream and why == "" and not made.asked
             and may_retry(upstream, made) then
         retry.note(name)
-        return go_on("retry")
+        return go_on("retry", elsewhere)
     end
     local sent, last = was_sent(made), made[#made]
     local timed_out = (last and last.status or status) == 504
@@ -325,7 +334,7 @@ function _M.fail()
     if no_peer and held_since == "" then
         metrics.add(name, metrics.NO_PEER)
     end
-    if repeatable and upstream and upstream.hold > 0 and attempt < MAX_ATTEMPTS
+    if repeatable and upstream and upstream.hold > 0 and attempt < limit
             and (not sent or not timed_out and may_repeat(upstream)) then
         local started = tonumber(held_since) or now()
         var.tidegate_held_since = started
@@ -336,7 +345,7 @@ function _M.fail()
             if held_since == "" then
                 metrics.add(name, metrics.HELD_RESUMED)
             end
-            return go_on("held")
+            return go_on("held", elsewhere)
         end
         metrics.add(name, refused and metrics.HELD_REFUSED or metrics.HELD_EXPIRED)
         upstream = balancer.lookup(name)
