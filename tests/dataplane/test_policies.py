@@ -315,6 +315,37 @@ def test_a_body_survives_the_queue(shared: Proxy, backend: Backend) -> None:
         assert (answer.status, answer.body == body) == (200, True)
 
 
+def test_a_request_that_has_failed_waits_where_all_other_peers_are_full(shared: Proxy) -> None:
+    """And is not sent to the one that has failed it again, whoever has room first."""
+    policy = {"max_conns": 1, "queue": 9, "queue_timeout": 20, "passive": {"failures": 0}}
+    with backends(2) as (bad, good), ThreadPoolExecutor(2) as pool:
+        bad.status = 503
+        retry = {"on": ["error", "http_503"]}
+        serve(shared, bad.peer(), good.peer(backup=True), retry=retry, **policy)
+        for number in range(4):
+            slow = pool.submit(request, shared.http_port, "/sleep/0.5")
+            wait_until(lambda: good.busy == 1)
+            answer = request(shared.http_port, f"/{number}")
+            assert (answer.status, answer.text) == (200, good.name)
+            assert slow.result().text == good.name
+        asked = Counter(seen.path for seen in bad.requests)
+        assert [asked[f"/{number}"] for number in range(4)] == [1] * 4
+
+
+def test_a_peer_killed_while_all_others_are_full_fails_no_request(shared: Proxy) -> None:
+    with backends(3) as three:
+        for backend in three:
+            backend.delay = 0.01
+        serve(shared, *(b.peer() for b in three), max_conns=2, queue=100, queue_timeout=20)
+        with Load(shared.http_port, connections=12) as load:
+            wait_until(lambda: load.total >= 200)
+            three[0].kill()
+            at = load.total
+            # Long enough for it to be tried again by each worker.
+            wait_until(lambda: load.total >= at + 1200, timeout=60)
+        assert load.failed == {}
+
+
 def test_killed_workers_leave_no_connection_counted(
     make_proxy: Callable[..., Proxy], backend: Backend
 ) -> None:

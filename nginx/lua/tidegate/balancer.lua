@@ -258,13 +258,17 @@ local function choose_again(name, upstream)
     look(asked)
     local tried = attempts.tried(made, again == "retry" and 1 or made.first,
                                  tonumber(var.tidegate_failed_at) or 0)
-    local index = select_peer(asked, tried)
+    local index, why = select_peer(asked, tried)
+    local origin = not index and go_back()
+    if origin then
+        asked = origin
+        index, why = select_peer(asked, tried)
+    end
     if not index then
-        asked = go_back()
-        index = asked and select_peer(asked, tried)
-        if not index then
-            return nil
+        if why == FULL and asked.queue > 0 then
+            var.tidegate_no_peer = FULL
         end
+        return nil
     end
     if asked ~= upstream then
         begin(asked.stats)

@@ -205,10 +205,10 @@ end
 
 
 -- Takes a place with a peer whose number of requests is limited, or waits for one.
--- @param full whether all peers are known to be full
+-- @param full whether all peers that could be asked are known to be full
 -- @return whether the request can go on
-local function take_place(name, full)
-    local admitted, how = queue.wait(name, balancer.lookup)
+local function take_place(name, full, tried)
+    local admitted, how = queue.wait(name, balancer.lookup, tried)
     if not admitted then
         metrics.add(name, how == "expired" and metrics.QUEUE_EXPIRED or metrics.QUEUE_REFUSED)
         return false
@@ -314,15 +314,20 @@ function _M.fail(any)
     local elsewhere = upstream and upstream.retry_any and any
     local limit = elsewhere and MAX_ATTEMPTS_ELSEWHERE or MAX_ATTEMPTS
     local repeatable = is_repeatable()
+    local attempt, failed_at = tonumber(var.tidegate_attempt) or 0, now()
+    if #made > 0 or why ~= selection.FULL then
+        var.tidegate_attempt = attempt + 1
+        var.tidegate_failed_at = failed_at
+    end
     if why == selection.FULL then
-        if not repeatable or not take_place(name, true) then
+        local tried = #made > 0 and attempts.tried(made, 1, failed_at) or nil
+        if not repeatable or attempt >= limit or not take_place(name, true, tried) then
             return answer(503)
+        elseif tried then
+            retry.note(name)
         end
         return go_on("queued", elsewhere)
     end
-    local attempt, failed_at = tonumber(var.tidegate_attempt) or 0, now()
-    var.tidegate_attempt = attempt + 1
-    var.tidegate_failed_at = failed_at
     if repeatable and attempt < limit and upstream and why == "" and not made.asked
             and may_retry(upstream, made) then
         retry.note(name)

@@ -115,9 +115,10 @@ end
 
 --- Waits until a peer of upstream `name` has room for the current request. Yields.
 -- @param lookup function that gives the upstream of a name as it is now
+-- @param tried as for `selection.select`
 -- @return true if the request can be proxied, and whether it had to wait for that; else nil and
 --   `refused` (too many wait) or `expired`
-function _M.wait(name, lookup)
+function _M.wait(name, lookup, tried)
     local upstream = lookup(name)
     local cell = upstream and upstream.head.queue_cell or 0
     if not upstream or upstream.queue == 0 or cell == 0
@@ -141,7 +142,7 @@ function _M.wait(name, lookup)
             upstream = lookup(name)
             local index, why, session
             if upstream then
-                index, why, session = select_peer(upstream)
+                index, why, session = select_peer(upstream, tried)
             end
             if index then
                 admitted[current()] = { upstream = upstream, index = index }
