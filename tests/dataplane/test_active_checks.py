@@ -193,6 +193,20 @@ def test_panic_when_all_checks_fail_requests_are_served_all_the_same(routed: Pro
         assert {request(routed.http_port).text for _ in range(8)} == {"b0", "b1"}
 
 
+def test_panic_where_there_are_only_backups_it_goes_by_them(routed: Proxy) -> None:
+    with backends(4) as four:
+        peers = [b.peer(backup=True) for b in four]
+        routed.admin.put({A: with_policy(*peers, check=HTTP)})
+        for out in (2, 3, 4):
+            for backend in four[:out]:
+                backend.health = 500
+            wait_until(
+                lambda out=out: list(routed.admin.live(A).values()).count("unhealthy") == out  # type: ignore[misc]
+            )
+            names = {request(routed.http_port).text for _ in range(24)}
+            assert names == ({"b2", "b3"} if out == 2 else {"b0", "b1", "b2", "b3"})
+
+
 def test_without_panic_503_with_retry_after_when_all_checks_fail(routed: Proxy) -> None:
     with backends(2) as both:
         for backend in both:
