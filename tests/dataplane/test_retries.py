@@ -154,11 +154,11 @@ def test_common_answers_that_the_policy_names_are_tried_again(proxy: Proxy) -> N
         wait_until(
             lambda: proxy.admin.metrics().get('tidegate_requests_in_flight{upstream="a.test/"}')
         )
-        peers[0].status = 404
-        both = [peers[0].peer(), peers[2].peer()]
-        proxy.admin.put({A: with_policy(*both, hold=20.0, passive=NEVER, retry=retry)})
+        proxy.admin.put({A: with_policy(peers[2].peer(), hold=20.0, passive=NEVER, retry=retry)})
         assert held.result() == (200, b"x" * 100_000)
         proxy.admin.put({})
+        peers[0].status = 404
+        both = [peers[0].peer(), peers[2].peer()]
         limits = {"max_conns": 1, "queue": 5, "queue_timeout": 20}
         proxy.admin.put({A: with_policy(*both, passive=NEVER, retry=retry, **limits)})
         answers = [pool.submit(ask) for _ in range(5)]
