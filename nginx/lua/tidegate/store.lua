@@ -14,13 +14,16 @@ local codec = require "tidegate.codec"
 local load = require "tidegate.load"
 local lock = require "tidegate.lock"
 local policies = require "tidegate.policy"
+local posix = require "tidegate.posix"
 
 local ctl = ngx.shared.tidegate_ctl
 local ptr = ngx.shared.tidegate_ptr
 local dat = ngx.shared.tidegate_dat
 local probes = ngx.shared.tidegate_probes
 
+local byte = string.byte
 local error = error
+local get_pid = ngx.worker.pid
 local ipairs = ipairs
 local match = string.match
 local now = ngx.now
@@ -33,6 +36,8 @@ local update_time = ngx.update_time
 local LOCK = "push"
 local LOCK_WAIT = 2
 local SLICE = 0.001
+local OWNER = "\1"          -- and the name of an upstream: pid of the worker that probes its peers
+local CLAIM = 5             -- seconds that a claim lasts that is not renewed
 
 local _M = {}
 
@@ -309,7 +314,8 @@ local function apply(token, push)
     local current = ctl:get("revision") or 0
     local full = push.base_revision == nil
     if push.revision == current and ctl:get("writer") == push.writer then
-        return { revision = current, upserted = 0, removed = 0, changed = {}, removed_names = {} }
+        return { revision = current, upserted = 0, removed = 0, changed = {}, probing = {},
+                 removed_names = {} }
     end
     if push.revision <= current or not full and push.base_revision ~= current then
         return nil, { kind = "revision", revision = current }
@@ -381,9 +387,13 @@ local function apply(token, push)
     -- From here to the end nothing yields and nothing can fail.
     ctl:set("dirty", push.revision)
     local changed, renamed = {}, #removed > 0
+    local probing = {}
     for index, entry in ipairs(staged) do
         changed[index] = entry.name
         renamed = renamed or not entry.old_number
+        if entry.probing > 0 then
+            probing[#probing + 1] = entry.name
+        end
     end
     if renamed then
         -- Should this worker be killed in here, nothing that is served is missing from the list.
@@ -418,6 +428,7 @@ local function apply(token, push)
         upserted = upserted,
         removed = #removed,
         changed = changed,
+        probing = probing,
         removed_names = removed,
     }
 end
@@ -429,8 +440,9 @@ end
 --   `next()` gives name and upstream, as `wire.read_upstream` does, of the next one to be set, nil
 --   after the last; `names` then has the names of all; `complete()` is asked at the end whether
 --   they are all there was, else nothing is applied; `remove` is a list of others
--- @return `{revision, upserted, removed, changed = {names}, removed_names}` (counts as the push
---   has them, `changed` only what differs), or nil and `{kind =
+-- @return `{revision, upserted, removed, changed = {names}, probing = {names}, removed_names}`
+--   (counts as the push has them, `changed` only what differs, `probing` which of these have peers
+--   to be probed), or nil and `{kind =
 --   "busy"|"revision"|"incomplete"|"dict_full", …}`
 function _M.apply(push)
     return locked(apply, push)
@@ -439,24 +451,36 @@ end
 
 --- Names of upstreams that have peers being probed.
 function _M.probing_names()
-    return probes:get_keys(0)
+    local names = {}
+    for _, key in ipairs(probes:get_keys(0)) do
+        if byte(key) ~= 1 then
+            names[#names + 1] = key
+        end
+    end
+    return names
 end
 
 
---- Peers of upstream `name` that are being probed.
-function _M.probing_peers(name)
-    local blob = _M.get(name)
-    local result = {}
-    local head = blob and codec.head(blob)
-    if not head or head.probing == 0 then
-        return result
+--- Has this worker probe the peers of upstream `name` for some seconds, unless another one does.
+-- Two that ask at the same time may both be told so, until the next time.
+-- @return whether it is this worker's
+function _M.claim(name)
+    local key, pid = OWNER .. name, get_pid()
+    local owner = probes:get(key)
+    if owner and owner ~= pid and posix.alive(owner) then
+        return false
     end
-    for _, peer in ipairs(codec.decode(blob).peers) do
-        if peer.state == codec.PROBING and peer.weight > 0 then
-            result[#result + 1] = peer
-        end
+    -- With no room for this, probing twice is better than not at all.
+    probes:safe_set(key, pid, CLAIM)
+    return true
+end
+
+
+--- Takes back a claim, if it is this worker's.
+function _M.disclaim(name)
+    if probes:get(OWNER .. name) == get_pid() then
+        probes:delete(OWNER .. name)
     end
-    return result
 end
 
 
@@ -492,7 +516,7 @@ end
 
 --- Admits peers of upstream `name` that have accepted a connection, as far as they are still the
 -- same and still being probed. The revision stays. May yield.
--- @param admitted list of peers as `probing_peers` gives them
+-- @param admitted list of `{id, bytes, port}`
 -- @return true when it is done, nil if the lock could not be had or there is no room
 function _M.admit(name, admitted)
     return locked(admit, name, admitted)
