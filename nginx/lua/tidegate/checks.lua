@@ -56,6 +56,7 @@ local due_first, due_last = 1, 0
 local runners = 0
 local content               -- of the membership that was looked through last
 local scanned_at = 0
+local scanned               -- the last change of it that was looked at
 
 
 -- The ranges of a list of statuses such as "200,300-399".
@@ -233,7 +234,7 @@ local function scan_upstream(name, number)
     local head = blob and codec.head(blob)
     local check = head and policies.parse(codec.policy(blob, head)).check
     if not check then
-        planned[name] = { number = number, peers = {} }
+        planned[name] = nil
         return
     end
     local before = planned[name]
@@ -254,24 +255,30 @@ local function scan_upstream(name, number)
 end
 
 
--- Brings the plan up to date with the membership.
+-- Brings the plan up to date with the membership, by what has changed where that is known.
 local function scan(at)
     local newest = ctl:get("content") or 0
     if newest == content or at >= scanned_at and at - scanned_at < RESCAN then
         return
     end
     content, scanned_at = newest, at
-    for _, name in ipairs(store.names()) do
+    local changed, last = store.changes_since(scanned)
+    scanned = last
+    if not changed then
+        changed = {}
+        for name in pairs(planned) do
+            changed[name] = true
+        end
+        for _, name in ipairs(store.names()) do
+            changed[name] = true
+        end
+    end
+    for name in pairs(changed) do
         local number = store.number(name)
-        if number and (not planned[name] or planned[name].number ~= number) then
+        if not planned[name] or planned[name].number ~= number then
             scan_upstream(name, number)
         end
         store.breathe()
-    end
-    for name in pairs(planned) do
-        if not store.number(name) then
-            planned[name] = nil
-        end
     end
 end
 
@@ -310,7 +317,7 @@ end
 
 
 local function forget_all()
-    planned, slots, due, content, scanned_at = {}, {}, {}, nil, 0
+    planned, slots, due, content, scanned_at, scanned = {}, {}, {}, nil, 0, nil
     due_first, due_last = 1, 0
 end
 

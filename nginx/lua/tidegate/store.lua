@@ -9,6 +9,9 @@
 -- Whoever writes holds the lock "push". Between flips and revision the mark "dirty" stands with the
 -- revision that was to be: a worker that is killed there leaves a mixture. Whoever writes next then
 -- gives it a revision of its own, so that no delta made from anything else is taken.
+--
+-- The names of what has changed last are kept too, so that what follows the membership costs by
+-- what has changed and not by what there is.
 
 local codec = require "tidegate.codec"
 local load = require "tidegate.load"
@@ -38,6 +41,9 @@ local LOCK_WAIT = 2
 local SLICE = 0.001
 local OWNER = "\1"          -- and the name of an upstream: pid of the worker that probes its peers
 local CLAIM = 5             -- seconds that a claim lasts that is not renewed
+local CHANGE = "d\1"        -- and its number modulo `CHANGES`: the number and who has changed
+local CHANGES = 1024        -- that are known by name
+local MANY = 256            -- in one push, from which on they are not
 
 local _M = {}
 
@@ -100,12 +106,54 @@ function _M.names()
 end
 
 
+local function note_all_changed()
+    ctl:incr("changes", CHANGES + 1, 0)
+end
+
+
+-- Notes that upstreams have changed or are gone. Under the lock, when that is in force.
+local function note_changes(names, more)
+    local last = ctl:get("changes") or 0
+    if #names + #more > MANY then
+        note_all_changed()
+        return
+    end
+    for _, list in ipairs({ names, more }) do
+        for _, name in ipairs(list) do
+            last = last + 1
+            ctl:safe_set(CHANGE .. last % CHANGES, last .. ":" .. name)
+        end
+    end
+    ctl:set("changes", last)
+end
+
+
+--- Which upstreams have changed or are gone since change `number`.
+-- @return set of names, nil where that is not known any more and may be all of them; and the number
+--   of the last change
+function _M.changes_since(number)
+    local last = ctl:get("changes") or 0
+    if not number or number > last or last - number > CHANGES then
+        return nil, last
+    end
+    local names = {}
+    for change = number + 1, last do
+        local found, name = match(ctl:get(CHANGE .. change % CHANGES) or "", "^(%d+):(.*)$")
+        if tonumber(found) ~= change then
+            return nil, last
+        end
+        names[name] = true
+    end
+    return names, last
+end
+
+
 --- What is in force, in short.
 function _M.summary()
     return {
         revision = ctl:get("revision") or 0,
         source = ctl:get("source") or "none",
-        upstreams = #_M.names(),
+        upstreams = ctl:get("upstreams") or #_M.names(),
         peers = ctl:get("peers") or 0,
         capacity = dat:capacity(),
         free = dat:free_space(),
@@ -224,6 +272,8 @@ local function recover()
         end
     end
     ctl:incr("names", 1, 0)
+    note_all_changed()
+    ctl:set("upstreams", #_M.names())
     local wanted = {}
     for _, name in ipairs(_M.names()) do
         local blob = _M.get(name)
@@ -314,8 +364,7 @@ local function apply(token, push)
     local current = ctl:get("revision") or 0
     local full = push.base_revision == nil
     if push.revision == current and ctl:get("writer") == push.writer then
-        return { revision = current, upserted = 0, removed = 0, changed = {}, probing = {},
-                 removed_names = {} }
+        return { revision = current, upserted = 0, removed = 0, probing = {}, removed_names = {} }
     end
     if push.revision <= current or not full and push.base_revision ~= current then
         return nil, { kind = "revision", revision = current }
@@ -388,9 +437,13 @@ local function apply(token, push)
     ctl:set("dirty", push.revision)
     local changed, renamed = {}, #removed > 0
     local probing = {}
+    local upstreams = full and upserted or (ctl:get("upstreams") or #_M.names()) - #removed
     for index, entry in ipairs(staged) do
         changed[index] = entry.name
-        renamed = renamed or not entry.old_number
+        if not entry.old_number then
+            renamed = true
+            upstreams = full and upstreams or upstreams + 1
+        end
         if entry.probing > 0 then
             probing[#probing + 1] = entry.name
         end
@@ -416,6 +469,8 @@ local function apply(token, push)
     if renamed then
         ctl:incr("names", 1, 0)
     end
+    note_changes(changed, removed)
+    ctl:set("upstreams", upstreams)
     ctl:set("peers", peers)
     ctl:set("writer", push.writer)
     ctl:set("source", "push")
@@ -427,7 +482,6 @@ local function apply(token, push)
         revision = push.revision,
         upserted = upserted,
         removed = #removed,
-        changed = changed,
         probing = probing,
         removed_names = removed,
     }
@@ -440,9 +494,8 @@ end
 --   `next()` gives name and upstream, as `wire.read_upstream` does, of the next one to be set, nil
 --   after the last; `names` then has the names of all; `complete()` is asked at the end whether
 --   they are all there was, else nothing is applied; `remove` is a list of others
--- @return `{revision, upserted, removed, changed = {names}, probing = {names}, removed_names}`
---   (counts as the push has them, `changed` only what differs, `probing` which of these have peers
---   to be probed), or nil and `{kind =
+-- @return `{revision, upserted, removed, probing = {names}, removed_names}` (counts as the push has
+--   them, `probing` which of those that differ have peers to be probed), or nil and `{kind =
 --   "busy"|"revision"|"incomplete"|"dict_full", …}`
 function _M.apply(push)
     return locked(apply, push)
@@ -508,6 +561,7 @@ local function admit(_, name, admitted)
             return nil
         end
         flip(entry)
+        note_changes({ name }, {})
         ctl:incr("content", 1, 0)
     end
     return true
@@ -558,6 +612,7 @@ function _M.load(saved)
         count = count + 1
         peers = peers + head.count
     end
+    ctl:set("upstreams", count)
     ctl:set("peers", peers)
     ctl:set("writer", saved.writer)
     ctl:set("source", "disk")
