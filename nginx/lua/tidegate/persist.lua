@@ -208,16 +208,27 @@ local function write_log(way, revision, changed, breathe)
         data = json.encode({ format = LOG_FORMAT, of = log }) .. "\n" .. data
     end
     if not data or #data > room then
+        -- So that nobody tries this again.
+        ctl:delete("log")
         return false
     end
-    -- Should it fail in the middle, or this worker end, its length is not what the next one expects.
+    -- Should it fail in the middle, or this worker end, its length is not as the next one expects.
     local ok, err = way.call("log", path .. ".log", data, size)
     if not ok then
         ngx.log(ngx.WARN, "tidegate: the log of the membership is given up: ", err)
+        ctl:delete("log")
         return false
     end
     ctl:set("log_size", size + #data)
     return true
+end
+
+
+-- Whether the last write of all is too recent for another one.
+local function must_rest()
+    local left = (ctl:get("rest_until") or 0) - now()
+    -- The clock may have been set.
+    return left > 0 and left <= MAX_REST
 end
 
 
@@ -242,7 +253,8 @@ end
 -- @return whether all of it was written, and not only what has changed
 local function write(way, breathe)
     local content = ctl:get("content") or 0
-    if content == (ctl:get("persisted_content") or 0) then
+    if content == (ctl:get("persisted_content") or 0)
+            or way == in_thread and not ctl:get("log") and must_rest() then
         return false
     end
     -- In the middle of a write of its own, it is not known how far that has got.
@@ -256,19 +268,20 @@ local function write(way, breathe)
     local revision = ctl:get("revision") or 0
     local changed, last = store.changes_since(ctl:get("persisted_change"))
     local ok, err, logged = true, nil, may_log and write_log(way, revision, changed, breathe)
-    if not logged then
+    local waits = not logged and way == in_thread and must_rest()
+    if not logged and not waits then
         ok, err = write_all(way, revision, breathe)
     end
-    if ok then
+    if ok and not waits then
         ctl:set("persisted_content", content)
         ctl:set("persisted_change", last)
         ctl:set("persisted_revision", revision)
-    else
+    elseif not ok then
         ngx.log(ngx.ERR, "tidegate: the membership cannot be kept on disk: ", err)
     end
     lock.release(LOCK, token)
     token = nil
-    return not logged
+    return not logged and not waits
 end
 
 
@@ -285,8 +298,14 @@ local function run()
         until collect("step", STEP)
     end
     update_time()
+    local rest = min(max((now() - started) * REST, MIN_REST), MAX_REST)
+    if ok and result then
+        -- What can be added to a log need not wait for that.
+        ctl:set("rest_until", now() + rest)
+        rest = MIN_REST
+    end
     if not ngx.worker.exiting() then
-        sleep(min(max((now() - started) * REST, MIN_REST), MAX_REST))
+        sleep(rest)
     end
     scheduled = false
     if (ctl:get("content") or 0) ~= (ctl:get("persisted_content") or 0) then
