@@ -380,7 +380,7 @@ local function apply(token, push)
         local old = old_blob and codec.decode(old_blob)
         carry_over(upstream, old, at)
         take_cells(upstream, old)
-        local blob, probing = codec.encode(upstream)
+        local blob, probing = codec.encode(name, upstream)
         upserted = upserted + 1
         peers = peers + #upstream.peers - (old and not full and #old.peers or 0)
         if blob ~= old_blob then
@@ -555,7 +555,7 @@ local function admit(_, name, admitted)
         end
     end
     local entry = { name = name, old_number = number, old_blob = blob }
-    entry.blob, entry.probing = codec.encode(upstream)
+    entry.blob, entry.probing = codec.encode(name, upstream)
     if entry.blob ~= blob then
         if not stage(entry) then
             return nil
@@ -579,7 +579,7 @@ end
 
 -- A version from disk as it is to be in force: its cells were another run's, and peers that are
 -- there at a start do not start slowly.
-local function renew(blob, head)
+local function renew(name, blob, head)
     local policy = policies.parse(codec.policy(blob, head))
     if head.cell == 0 and policy.slow_start == 0 then
         return blob
@@ -589,7 +589,7 @@ local function renew(blob, head)
         peer.cell, peer.late = 0, false
     end
     take_cells(upstream)
-    return (codec.encode(upstream))
+    return (codec.encode(name, upstream))
 end
 
 
@@ -597,21 +597,28 @@ end
 -- @param saved `{revision, writer, upstreams = {name = packed}}`
 -- @return number of upstreams, or nil and why
 function _M.load(saved)
-    local count, peers = 0, 0
+    local count, peers, number = 0, 0, ctl:get("number") or 0
     for name, blob in pairs(saved.upstreams) do
         local head = codec.head(blob)
         if not head then
             return nil, "the record of upstream " .. name .. " cannot be read"
         end
-        local entry = { name = name, blob = renew(blob, head), probing = head.probing }
-        local ok, err = stage(entry)
+        -- Nobody serves yet: what is added is in force.
+        number = number + 1
+        local ok, err = dat:safe_add(key_of(name, number), renew(name, blob, head))
+        if ok then
+            ok, err = ptr:safe_add(name, number)
+        end
         if not ok then
             return nil, "no room for upstream " .. name .. ": " .. err
         end
-        flip(entry)
+        if head.probing > 0 then
+            probes:safe_set(name, true)
+        end
         count = count + 1
         peers = peers + head.count
     end
+    ctl:set("number", number)
     ctl:set("upstreams", count)
     ctl:set("peers", peers)
     ctl:set("writer", saved.writer)
