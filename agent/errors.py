@@ -12,6 +12,7 @@ that code inside never has to know a library. What may be tried again is a class
     │   ├── WatchUnavailable         (Retryable) SwarmKit's Watch cannot be opened or broke
     │   ├── WatchCompacted           (Retryable) the manager forgot our version: list again
     │   └── StaticFileError          the static file cannot be read or is not valid
+    ├── ComposeFileError         a compose or stack file cannot be used; says file and line
     ├── RenderError              a template cannot be read or fails
     └── DriverError              an OpenResty instance failed
         ├── InstanceUnreachable      (Retryable) no answer, refused, timed out

@@ -282,10 +282,6 @@ KEYS: tuple[Key, ...] = (
 
 EXTENSION_KEYS: dict[str, Key] = {key.name: key for key in KEYS if key.scope is Scope.EXTENSION}
 
-TOP_KEYS: frozenset[str] = frozenset(
-    key.name for key in KEYS if key.scope is Scope.TOP and "." not in key.name
-)
-
 RULES = _NO_BEACON
 """Why `[Rules]` do nothing."""
 

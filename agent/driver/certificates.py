@@ -55,17 +55,6 @@ def rejections(
     )
 
 
-def no_http3(instance: str) -> Rejection:
-    """HTTP/3 is wanted, and the instance cannot do it."""
-    return Rejection(
-        subject=f"OpenResty {instance}",
-        reason="http3_unavailable",
-        message="HTTP3 is on, and its nginx was built without it: it serves HTTP/1.1 and HTTP/2.",
-        hint="Take an image whose `nginx -V` has --with-http_v3_module, or set HTTP3 = false.",
-        served=True,
-    )
-
-
 def _subjects(problem: CertificateProblem, site: Site) -> Iterator[str]:
     if problem.host is not None:
         yield f"host {problem.host}" if problem.host else "default certificate"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from agent.driver import certificates
+from agent.driver import certificates, shortfalls
 from agent.driver.openresty import Build, CertificateProblem, Status, version_of
 from agent.driver.parts import (
     AdminClient,
@@ -52,14 +52,8 @@ log = logging.getLogger(__name__)
 MOST_READ = 100
 """Upstreams that are read one by one; of more than that, all are read in one go."""
 
-LITTLE_ROOM = 0.25
-"""Share of the shared dict below which its size is to be raised: a full one refuses pushes."""
-
 BUSY_WAIT = 0.05
 """Seconds until a push is tried again that met another one."""
-
-STREAM = "stream"
-"""The feature of an instance that can pass connections on unopened."""
 
 FIRST_WAIT = 0.05
 """Seconds until the first retry; doubles up to the heartbeat."""
@@ -235,62 +229,18 @@ class Worker:
             )
             for name, item in self._refused.items()
         )
-        return (
-            refused
-            + self._room()
-            + self.quarantine.rejections(self.target.name)
-            + self._certificates()
-            + self._unavailable()
-        )
-
-    def _certificates(self) -> tuple[Rejection, ...]:
-        """What is wrong with certificates, and with TLS at all."""
         with self._changed:
             status, order, problems = self._status, self._order, self._problems
-            wants_http3 = self._options.http3
+            http3 = self._options.http3
         site = order.site if order is not None else Site(())
-        found = certificates.rejections(problems, site, self.target.name)
-        if wants_http3 and status is not None and "http_v3" not in status.build.features:
-            found += (certificates.no_http3(self.target.name),)
-        return found
-
-    def _unavailable(self) -> tuple[Rejection, ...]:
-        """What was asked for and takes a module that the instance's nginx lacks."""
-        with self._changed:
-            status, order = self._status, self._order
-        if status is None or order is None or STREAM in status.build.features:
-            return ()
-        asked = [(f"TCP port {route.port}", "the TCP route") for route in order.site.tcp] + [
-            (f"host {host.name}", "the passthrough of its TLS")
-            for host in order.site.hosts
-            if host.passthrough
-        ]
-        return tuple(
-            Rejection(
-                subject=subject,
-                reason="stream_unavailable",
-                message=f"OpenResty {self.target.name} does not serve {what}: this build of nginx "
-                f"({status.versions.get('nginx') or 'of unknown version'}) has no stream Lua "
-                "module",
-                hint="Use an image with OpenResty, as Dockerfile.openresty does by default; "
-                "Debian's nginx has no such module. All else is served.",
-            )
-            for subject, what in asked
-        )
-
-    def _room(self) -> tuple[Rejection, ...]:
-        status = self._status
-        if status is None or status.dict_free >= status.dict_capacity * LITTLE_ROOM:
-            return ()
+        lacking: tuple[Rejection, ...] = ()
+        if status is not None:
+            lacking = shortfalls.rejections(status, site, self.target.name, http3=http3)
         return (
-            Rejection(
-                subject=f"OpenResty {self.target.name}",
-                reason="dict_nearly_full",
-                message=f"{status.dict_free >> 10} kB of {status.dict_capacity >> 10} kB are left "
-                f"for upstreams, with {status.upstreams} upstreams and {status.peers} peers in it.",
-                hint="Start OpenResty with a larger TIDEGATE_DICT_SIZE; a full one refuses pushes "
-                "and serves what it has.",
-            ),
+            refused
+            + self.quarantine.rejections(self.target.name)
+            + certificates.rejections(problems, site, self.target.name)
+            + lacking
         )
 
     # For the rollout.

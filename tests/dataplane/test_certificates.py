@@ -312,7 +312,8 @@ def test_a_thousand_hosts_are_looked_at_without_requests_waiting(
     assert front.get("h999.test").serial == serial(certs / "b.pem")
     renew(certs / "a.pem", certs / "a2.pem")
     in_all_workers(front, "a.test", serial(certs / "a2.pem"))
-    assert sorted(times)[len(times) * 9 // 10] < 0.1
+    # Were they all looked at in one go, one request would have waited for as long as that took.
+    assert max(times) < sum(times) / 2
 
 
 def test_a_host_that_is_gone_is_forgotten(front: Front, certs: Path) -> None:

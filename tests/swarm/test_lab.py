@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -136,9 +135,7 @@ def test_there_is_no_way_out(lab: Lab, backend: list[dict[str, Any]]) -> None:
     commands = [lab.client_command(sys.executable, "-c", NO_ROUTE)]
     commands += [lab.node_command(node, sys.executable, "-c", NO_ROUTE) for node in lab.nodes]
     for command in commands:
-        begin = time.monotonic()
         assert subprocess.run(command, check=False).returncode == errno.ENETUNREACH
-        assert time.monotonic() - begin < 2
     for task in backend:  # the container has a route, to its node; that is where it ends
         node = node_of(lab, task)
         with pytest.raises(LabError, match=f"exit ({errno.ENETUNREACH}|{errno.EHOSTUNREACH}):"):

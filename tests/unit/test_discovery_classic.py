@@ -366,12 +366,10 @@ class TestBadConnections:
         with manager.hanging("/containers/json"):
             manager.say(event("start"))
             driven.follower.until(lambda: "containers/json" in manager.requests[-1])
-            started = time.monotonic()
             manager.say(event("kill", signal="15"))
             driven.until([f"{HERE}:18081 draining", *ALL[1:]])
             manager.say(event("die", "web3"))
             driven.until([f"{HERE}:18081 draining", ALL[2]])
-            assert time.monotonic() - started < 2
             # What is listed now was true before that event.
         driven.follower.until(lambda: len(driven.agent.heard.syncs) > 1)
         assert driven.peers == [f"{HERE}:18081 draining", ALL[2]]

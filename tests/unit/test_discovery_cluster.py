@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-
 import pytest
 
 from agent.discovery.cluster import Change, Cluster, Listing, Network, Node, TaskState
@@ -310,7 +307,7 @@ class TestSharing:
         assert shown(cluster).workloads == {}
         assert cluster.snapshot(changed_at=0.0) is None
 
-    def test_one_task_of_a_thousand_costs_well_under_a_millisecond(self) -> None:
+    def test_one_task_of_a_thousand_touches_its_own_service_alone(self) -> None:
         services = tuple(make_service(f"s{i}") for i in range(100))
         tasks = tuple(
             make_task(f"t{i}-{n}", f"s{i}", slot=n) for i in range(100) for n in range(1, 11)
@@ -318,17 +315,13 @@ class TestSharing:
         cluster = a_cluster()
         cluster.load(listing(*tasks, services=services))
         before = last = shown(cluster)
-        spent = []
         for version in range(2, 202):
             desired = TaskState.RUNNING if version % 2 else TaskState.SHUTDOWN
             changed = make_task("t7-3", "s7", slot=3, version=version, desired=desired)
-            started = time.perf_counter()
             cluster.apply([Change("task", changed)])
             last = cluster.snapshot(changed_at=0.0) or last
-            spent.append(time.perf_counter() - started)
         kept = {k for k, w in last.workloads.items() if w is before.workloads[k]}
         assert last.workloads.keys() - kept == {WorkloadKey("swarm", "s7")}
-        assert statistics.median(spent) < 0.001
 
 
 def test_times_of_the_engine_have_nanoseconds() -> None:

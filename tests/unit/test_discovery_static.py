@@ -199,7 +199,6 @@ class TestFollowing:
         started = time.monotonic()
         replace_file(path, WEB + API % 9999)
         after = running.until(lambda: _port(running) == 9999)
-        assert time.monotonic() - started < 1.0
         assert named(after, "web") is named(before, "web")
         assert after.changed_at >= started
 

@@ -1,55 +1,44 @@
 --- The admin API: docs/admin-api.md, call by call.
 --
--- Why: the one place that knows HTTP. It authenticates, reads and checks; what is to be done is
--- the business of `store`, `lease` and `site`.
+-- Why: the one place that knows which call there is at which path. It reads and checks; who may
+-- call is the business of `access`, what is to be done that of `push`, `lease` and `site`.
 
+local access = require "tidegate.access"
+local answer = require "tidegate.answer"
 local certificates = require "tidegate.certificates"
 local codec = require "tidegate.codec"
-local ffi = require "ffi"
 local json = require "tidegate.json"
 local lease = require "tidegate.lease"
 local live = require "tidegate.live"
-local members = require "tidegate.members"
 local metrics = require "tidegate.metrics"
-local persist = require "tidegate.persist"
 local posix = require "tidegate.posix"
-local probe = require "tidegate.probe"
 local process = require "ngx.process"
-local records = require "tidegate.records"
+local push = require "tidegate.push"
 local site = require "tidegate.site"
 local store = require "tidegate.store"
 local wire = require "tidegate.wire"
 
 local ctl = ngx.shared.tidegate_ctl
 
-local bit = require "bit"
-local bor, bxor = bit.bor, bit.bxor
-local byte = string.byte
-local cast = ffi.cast
 local find = string.find
-local ffi_string = ffi.string
 local floor = math.floor
 local gsub = string.gsub
 local ipairs = ipairs
 local match = string.match
 local ngx = ngx
-local now = ngx.now
 local pairs = pairs
 local sub = string.sub
 local tostring = tostring
 local type = type
 
-local BUSY_PAUSE = 1
 local MAX_ERRORS = 100
 local CHUNK = 65536     -- bytes of a long answer that are put together before they are sent
-local TOKEN_AGE = 5     -- seconds after which the token's file is read again
 
 local WRITER_RULE = "expected 1 to 128 printable ASCII characters"
 
 local _M = {}
 
-local settings          -- {token, token_file, status_password, version, features}
-local token_read_at = 0
+local settings          -- {version, features}
 
 
 --- Sets what does not change while a configuration is in force.
@@ -57,80 +46,7 @@ local token_read_at = 0
 --   no authentication
 function _M.configure(options)
     settings = options
-end
-
-
--- Answers with a value, or with text that is JSON already. What refuses a call returns this, so
--- that its caller gets nil.
-local function send(status, value)
-    local text = type(value) == "string" and value or json.encode(value)
-    ngx.status = status
-    ngx.header["Content-Type"] = "application/json"
-    ngx.header["Content-Length"] = #text + 1
-    ngx.print(text, "\n")
-    return nil
-end
-
-
-local function refuse(status, code, message, more)
-    local value = { error = code, message = message }
-    for key, item in pairs(more or {}) do
-        value[key] = item
-    end
-    return send(status, value)
-end
-
-
-local function busy()
-    ngx.header["Retry-After"] = BUSY_PAUSE
-    return refuse(503, "busy", "another change is being applied; try again")
-end
-
-
--- Reads the token's file again once in a while, so that a new secret needs no restart.
-local function expected_token()
-    if settings.token_file and now() - token_read_at > TOKEN_AGE then
-        token_read_at = now()
-        local text = posix.read(settings.token_file)
-        text = text and gsub(text, "%s+$", "")
-        if text and text ~= "" then
-            settings.token = text
-        end
-    end
-    return settings.token
-end
-
-
--- Compares in a time that depends on the length of what was sent alone.
-local function equal(sent, expected)
-    local difference = bxor(#sent, #expected)
-    for index = 1, #sent do
-        difference = bor(difference, bxor(byte(sent, index),
-                                          byte(expected, (index - 1) % #expected + 1)))
-    end
-    return difference == 0
-end
-
-
--- What follows the name of the scheme in the Authorization header; nil for another scheme.
-local function credentials(pattern)
-    local header = ngx.req.get_headers()["authorization"]
-    return type(header) == "string" and match(header, pattern) or nil
-end
-
-
-local function authorized()
-    local expected = expected_token()
-    local sent = expected and credentials("^[Bb]earer +(.+)$")
-    return not expected or sent ~= nil and equal(sent, expected)
-end
-
-
--- The password of HTTP basic authentication, of whatever user; nil where there is none.
-local function basic_password()
-    local sent = credentials("^[Bb]asic +(.+)$")
-    local pair = sent and ngx.decode_base64(sent)
-    return pair and match(pair, "^[^:]*:(.*)$")
+    access.configure(options)
 end
 
 
@@ -144,35 +60,23 @@ local function read_object()
     end
     local value, err = json.decode(text)
     if type(value) ~= "table" or #value > 0 or not find(text, "^%s*{") then
-        return refuse(400, "bad_json", "the body is not a JSON object: "
-                      .. (err or "it is " .. (type(value) == "table" and "a list" or type(value))))
+        local found = type(value) == "table" and "a list" or type(value)
+        return answer.refuse(400, "bad_json",
+                             "the body is not a JSON object: " .. (err or "it is " .. found))
     end
     return value
-end
-
-
-local function invalid(errors)
-    local list = json.array(errors)
-    local first = list[1]
-    local message = #list == 1 and "1 fault" or #list .. " faults"
-    if first then
-        message = message .. "; the first: "
-            .. (first.upstream and "upstream " .. tostring(first.upstream) .. ": " or "")
-            .. first.field .. " " .. first.message
-    end
-    return refuse(422, "invalid", message, { errors = list })
 end
 
 
 -- Takes the lease for the writer of a push; answers and gives nil where that fails.
 local function take_lease(writer)
     if not wire.is_writer(writer) then
-        return invalid({ { field = "writer", message = WRITER_RULE } })
+        return answer.invalid({ { field = "writer", message = WRITER_RULE } })
     end
     local expires_in, holder, left = lease.take(writer)
     if not expires_in then
-        return refuse(423, "lease_held", "writer " .. holder .. " holds the lease",
-                      { writer = holder, expires_in = left })
+        return answer.refuse(423, "lease_held", "writer " .. holder .. " holds the lease",
+                             { writer = holder, expires_in = left })
     end
     return expires_in
 end
@@ -196,7 +100,7 @@ local function get_status()
     local writer, expires_in = lease.holder()
     local version = ngx.config.nginx_version
     local lua = ngx.config.ngx_lua_version
-    return send(200, {
+    return answer.send(200, {
         instance = ctl:get("instance"),
         revision = summary.revision,
         generation = site.generation(),
@@ -261,218 +165,31 @@ local function get_versions()
         end
         store.breathe()
     end
-    return send(200, { revision = ctl:get("revision") or 0, versions = versions })
+    return answer.send(200, { revision = ctl:get("revision") or 0, versions = versions })
 end
 
 
 local function get_upstream(name)
     local blob = store.get(name)
     if not blob then
-        return refuse(404, "not_found", "there is no upstream " .. name)
+        return answer.refuse(404, "not_found", "there is no upstream " .. name)
     end
-    return send(200, wire.show_upstream(name, codec.decode(blob)))
-end
-
-
-local function sorted(set)
-    local list = json.array()
-    for key in pairs(set) do
-        list[#list + 1] = key
-    end
-    table.sort(list)
-    return list
+    return answer.send(200, wire.show_upstream(name, codec.decode(blob)))
 end
 
 
 -- Both kinds of push; `full` is PUT.
--- The members of a body that may be large: the text of each where it is no table of upstreams.
--- Answers and gives nil where it is no object.
--- @param large name of the member that is left as it is
--- @return values by name; bytes, and where in them the large one begins and ends (nil: not there)
-local function read_members(large)
-    ngx.req.read_body()
-    local text = ngx.req.get_body_data()
-    local bytes, size, release = nil, 0, nil
-    if text then
-        bytes, size = cast("const uint8_t *", text), #text
-    elseif ngx.req.get_body_file() then
-        bytes, size, release = posix.map(ngx.req.get_body_file())
-    end
-    local next_member = bytes and members.read(bytes, 0, size, store.breathe)
-    local values, from, to, err = {}, nil, nil, nil
-    if next_member then
-        local name, begins, ends
-        repeat
-            name, begins, ends = next_member()
-            if name == large then
-                from, to = begins, ends
-            elseif name then
-                values[name], err = json.decode(ffi_string(bytes + begins, ends - begins))
-            else
-                err = begins
-            end
-        until not name or err
-    end
-    if not next_member or err then
-        return refuse(400, "bad_json", "the body is not a JSON object"
-                      .. (err and ": " .. err or ""))
-    end
-    return values, { bytes = bytes, text = text, from = from, to = to, release = release }
-end
-
-
--- The upstreams of a push, one after the other, as `store.apply` asks for them: after the first
--- fault there are none, and all others are looked for faults as well.
--- @param where as `read_members` gives it
--- @param push `{errors, unsupported, names}`: what is found in them is added
-local function upstreams_of(where, push)
-    local bytes = where.bytes
-    local errors, names = push.errors, push.names
-    local next_member = members.read(bytes, where.from, where.to, store.breathe)
-
-    local function read(name, begins, ends)
-        if names[name] then
-            errors[#errors + 1] = { upstream = name, field = "name", message = "is there twice" }
-            return nil
-        end
-        names[name] = true
-        local item, err = json.decode(ffi_string(bytes + begins, ends - begins))
-        if item == nil then
-            push.malformed = err
-            return nil
-        end
-        return wire.read_upstream(name, item, errors, push.unsupported)
-    end
-
-    return function()
-        while #errors < MAX_ERRORS and not push.malformed do
-            local name, begins, ends = next_member()
-            if not name then
-                push.malformed = begins
-                return nil
-            end
-            local upstream = read(name, begins, ends)
-            if #errors == 0 and not push.malformed then
-                return name, upstream
-            end
-            store.breathe()
-        end
-        return nil
-    end
-end
-
-
-local function read_removed(body, push)
-    if body.remove == nil then
-        return
-    end
-    local names, err = wire.read_names(body.remove)
-    if not names then
-        push.errors[#push.errors + 1] = { field = "remove", message = err }
-        return
-    end
-    push.remove = names
-end
-
-
--- Faults that show only when all upstreams have been read.
-local function check_removed(push)
-    for _, name in ipairs(push.remove) do
-        if push.names[name] then
-            push.errors[#push.errors + 1] = {
-                upstream = name, field = "remove", message = "is in upsert too",
-            }
-        end
-    end
-    return #push.errors == 0 and not push.malformed
-end
-
-
-local function refuse_push(push)
-    if push.malformed then
-        return refuse(400, "bad_json", "the body is not a JSON object: " .. push.malformed)
-    end
-    return invalid(push.errors)
-end
-
-
 local function push_membership(full)
-    local field = full and "upstreams" or "upsert"
-    local body, where = read_members(field)
-    if not body or not take_lease(body.writer) then
-        return
+    local body, where = push.read(full)
+    if body and take_lease(body.writer) then
+        return push.apply(full, body, where)
     end
-    local errors, unsupported = {}, {}
-    local push = {
-        errors = errors,
-        unsupported = unsupported,
-        names = {},
-        remove = {},
-        writer = body.writer,
-        revision = body.revision,
-        base_revision = not full and body.base_revision or nil,
-    }
-    if not wire.is_revision(body.revision) or body.revision == 0 then
-        errors[1] = { field = "revision", message = "expected a whole number above 0" }
-    end
-    if not full and not wire.is_revision(body.base_revision) then
-        errors[#errors + 1] = { field = "base_revision", message = "expected a whole number" }
-    end
-    if not where.from and not full then
-        push.next = function() end
-    elseif where.from and members.read(where.bytes, where.from, where.to, store.breathe) then
-        push.next = upstreams_of(where, push)
-    else
-        errors[#errors + 1] = { field = field, message = "expected an object of upstreams" }
-        push.next = function() end
-    end
-    if not full then
-        read_removed(body, push)
-    end
-    push.complete = function()
-        return check_removed(push)
-    end
-    if #errors > 0 then
-        push.next()
-        return refuse_push(push)
-    end
-
-    local result, refusal = store.apply(push)
-    if where.release then
-        where.release()
-    end
-    if not result then
-        if refusal.kind == "incomplete" then
-            return refuse_push(push)
-        elseif refusal.kind == "busy" then
-            return busy()
-        elseif refusal.kind == "revision" then
-            return refuse(409, "revision", "the current revision is " .. refusal.revision,
-                          { revision = refusal.revision })
-        end
-        return refuse(507, "dict_full", "the shared dict has no room for this push; raise "
-                      .. "TIDEGATE_DICT_SIZE", {
-            free_bytes = refusal.free_bytes, needed_bytes = refusal.needed_bytes,
-        })
-    end
-    probe.start(result.probing)
-    persist.schedule()
-    -- Before the answer: an upstream of the same name that comes next is another one.
-    records.forget(result.removed_names)
-    send(200, {
-        revision = result.revision,
-        upserted = result.upserted,
-        removed = result.removed,
-        unsupported = sorted(unsupported),
-    })
-    ngx.eof()
-    metrics.forget(result.removed_names)
 end
 
 
 local function get_site()
     local generation, files = site.files()
-    return send(200, { generation = generation, files = files })
+    return answer.send(200, { generation = generation, files = files })
 end
 
 
@@ -508,31 +225,31 @@ local function put_site()
             elseif type(text) ~= "string" or find(text, "%z") then
                 errors[#errors + 1] = { field = "files." .. shown, message = "expected text" }
             end
-            if #errors >= 100 then
+            if #errors >= MAX_ERRORS then
                 break
             end
         end
     end
     if #errors > 0 then
-        return invalid(errors)
+        return answer.invalid(errors)
     end
     local result, refusal = site.apply(body.generation, body.files)
     if not result then
         if refusal.kind == "busy" then
-            return busy()
+            return answer.busy()
         end
-        return refuse(422, "site_refused", refusal.message, {
+        return answer.refuse(422, "site_refused", refusal.message, {
             stage = refusal.stage, file = refusal.file, line = refusal.line,
         })
     end
-    return send(200, { generation = body.generation, reloaded = result == "reloaded" })
+    return answer.send(200, { generation = body.generation, reloaded = result == "reloaded" })
 end
 
 
 local function get_certificates()
     local serial = certificates.serial()
     local hosts, backends = certificates.report()
-    return send(200, { serial = serial, hosts = hosts, backends = backends })
+    return answer.send(200, { serial = serial, hosts = hosts, backends = backends })
 end
 
 
@@ -540,7 +257,7 @@ local function post_lease()
     local body = read_object()
     local expires_in = body and take_lease(body.writer)
     if expires_in then
-        return send(200, { writer = body.writer, expires_in = expires_in })
+        return answer.send(200, { writer = body.writer, expires_in = expires_in })
     end
 end
 
@@ -551,15 +268,15 @@ local function delete_lease()
         return
     end
     if not wire.is_writer(body.writer) then
-        return invalid({ { field = "writer", message = WRITER_RULE } })
+        return answer.invalid({ { field = "writer", message = WRITER_RULE } })
     end
     lease.release(body.writer)
-    return send(200, { writer = body.writer })
+    return answer.send(200, { writer = body.writer })
 end
 
 
 local function get_health()
-    return send(200, { status = "ok" })
+    return answer.send(200, { status = "ok" })
 end
 
 
@@ -571,9 +288,9 @@ local function get_ready()
         reason = "no site has been pushed, and none was on disk"
     end
     if reason then
-        return send(503, { status = "not ready", reason = reason })
+        return answer.send(503, { status = "not ready", reason = reason })
     end
-    return send(200, { status = "ready" })
+    return answer.send(200, { status = "ready" })
 end
 
 
@@ -618,9 +335,9 @@ function _M.handle()
     local path = match(ngx.var.request_uri, "^[^?]*")
     local calls, argument = OPEN_PATHS[path], nil
     if not calls then
-        if not authorized() then
+        if not access.authorized() then
             ngx.header["WWW-Authenticate"] = "Bearer"
-            return refuse(401, "unauthorized", "the bearer token is missing or wrong")
+            return answer.refuse(401, "unauthorized", "the bearer token is missing or wrong")
         end
         calls = PATHS[path]
         if not calls and sub(path, 1, #UPSTREAM_PREFIX) == UPSTREAM_PREFIX
@@ -630,7 +347,7 @@ function _M.handle()
         end
     end
     if not calls then
-        return refuse(404, "not_found", "there is no " .. path)
+        return answer.refuse(404, "not_found", "there is no " .. path)
     end
     local method = ngx.req.get_method()
     local call = calls[method] or method == "HEAD" and calls.GET
@@ -640,8 +357,9 @@ function _M.handle()
             allowed[#allowed + 1] = name
         end
         table.sort(allowed)
-        ngx.header["Allow"] = table.concat(allowed, ", ")
-        return refuse(405, "method_not_allowed", path .. " takes " .. table.concat(allowed, ", "))
+        local methods = table.concat(allowed, ", ")
+        ngx.header["Allow"] = methods
+        return answer.refuse(405, "method_not_allowed", path .. " takes " .. methods)
     end
     return call(argument)
 end
@@ -650,25 +368,24 @@ end
 --- Body of `access_by_lua` of /nginx_status: the password that is set for it, or the admin token.
 -- Without either nobody gets it, on no listener.
 function _M.guard_status()
-    local password, token = settings.status_password, expected_token()
-    if not password and not token then
-        refuse(403, "no_password", "nobody may read this as long as neither "
-               .. "TIDEGATE_STATUS_PASSWORD_FILE nor an admin token is set")
-        return ngx.exit(ngx.HTTP_OK)
-    end
-    local sent = basic_password()
-    if password and sent and equal(sent, password) or token and authorized() then
+    local allowed, nobody = access.may_read_status()
+    if allowed then
         return
     end
-    ngx.header["WWW-Authenticate"] = 'Basic realm="nginx_status"'
-    refuse(401, "unauthorized", "the password is missing or wrong")
+    if nobody then
+        answer.refuse(403, "no_password", "nobody may read this as long as neither "
+                      .. "TIDEGATE_STATUS_PASSWORD_FILE nor an admin token is set")
+    else
+        ngx.header["WWW-Authenticate"] = 'Basic realm="nginx_status"'
+        answer.refuse(401, "unauthorized", "the password is missing or wrong")
+    end
     return ngx.exit(ngx.HTTP_OK)
 end
 
 
 --- Answers for nginx where it refused a body for its size.
 function _M.too_large()
-    return refuse(413, "too_large", "the body is larger than 64 MiB")
+    return answer.refuse(413, "too_large", "the body is larger than 64 MiB")
 end
 
 

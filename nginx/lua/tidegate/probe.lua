@@ -57,6 +57,7 @@ local SHARE = 16            -- peers per turn, where others serve meanwhile
 local GATHER = 0.001        -- seconds in which peers come together that are admitted in one go
 local SPACING = 20e-6       -- seconds per peer of the upstream between such, and between passes
 local SLOT = 0.01           -- seconds; sleeping upstreams are kept in slots of that length
+local MANY = 256            -- upstreams of a push after which others get their turn
 local MAX_STEP = 2          -- seconds that the clock may seem to have gone on at once
 
 local BARE, FRESH, RETRY = 1, 2, 3
@@ -509,11 +510,13 @@ end
 --- Begins with peers of the upstreams `names`, which a push has brought.
 function _M.start(names)
     look_at_clock()
-    for _, name in ipairs(names) do
+    for index, name in ipairs(names) do
         local state = states[name] or begin(name)
         state.since, state.number, state.retry, state.hurried = clock, nil, false, false
         put(state, rank_of(state))
-        store.breathe()
+        if index % MANY == 0 then
+            store.breathe()
+        end
     end
     go_on()
 end
