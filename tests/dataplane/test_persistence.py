@@ -213,8 +213,8 @@ def content(proxy: Proxy) -> bytes:
 
 def killed(proxy: Proxy) -> None:
     """Ends it without a chance to write anything."""
-    pids = {proxy.pid, *proxy.workers()}
-    for pid in pids:
+    # The master first, or it starts a worker for one that is gone.
+    for pid in (proxy.pid, *proxy.workers()):
         os.kill(pid, signal.SIGKILL)
     proxy.stop()
 
