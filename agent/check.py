@@ -18,7 +18,8 @@ from agent.config.stores import BUILT_IN, Loaded
 from agent.controller import SiteRenderer
 from agent.discovery import build_sources
 from agent.discovery.classic_nodes import is_classic, nodes_of
-from agent.discovery.docker_api import Connector, read
+from agent.discovery.docker_api import Connector, Engine, addresses, read, whatever
+from agent.discovery.swarm import require_manager
 from agent.discovery.swarm_watch import opener
 from agent.driver.openresty import Build, Token, connector
 from agent.driver.parts import AdminClient
@@ -33,7 +34,6 @@ from agent.errors import (
     WatchCompacted,
     WatchUnavailable,
 )
-from agent.http import parse_listen
 from agent.metrics import version
 from agent.model import Rejection, Site, Snapshot, SourceSnapshot
 
@@ -136,10 +136,6 @@ def _settings(loaded: Loaded, *, strict: bool) -> Iterator[Finding]:
             f"{loaded.where} beats {place}, which is not read",
             "A key-value store comes before the environment, and that before a file: give one.",
         )
-    try:
-        parse_listen(loaded.settings.listen_addr)
-    except SettingsError as error:
-        yield Finding(Level.FAILED, "settings", str(error), 'Set ListenAddr = ":8080".')
 
 
 def _token(settings: Settings) -> Iterator[Finding]:
@@ -148,7 +144,10 @@ def _token(settings: Settings) -> Iterator[Finding]:
         token = Token(token=driver.token, file=driver.token_file).read()
     except InstanceUnauthorized as error:
         yield Finding(
-            Level.FAILED, "token", str(error), "Mount the secret there, readable by this user."
+            Level.FAILED,
+            "token",
+            str(error),
+            "Put the token there, or mount the secret, so that this user may read it.",
         )
         return
     if token:
@@ -194,8 +193,9 @@ _OLD_PROTOCOLS = ("TLSv1", "TLSv1.1")
 def _engine(settings: Settings) -> Iterator[Finding]:
     if set(settings.sources) <= {"static"}:
         return
+    several = len(addresses(settings)) > 1 and {"auto", "swarm"} & set(settings.sources)
     try:
-        engine = Connector(settings)()
+        engine = Connector(settings)(_no_worker if several else whatever)
     except DiscoveryError as error:
         yield Finding(
             Level.FAILED,
@@ -216,6 +216,14 @@ def _engine(settings: Settings) -> Iterator[Finding]:
             yield from _classic(settings, info)
         else:
             yield from _swarm(settings, engine, info.get("Swarm") or {})
+
+
+def _no_worker(engine: Engine) -> None:
+    """Of several addresses the agent takes the first that is no worker's."""
+    info = read(engine, "/info")
+    state = (info.get("Swarm") or {}).get("LocalNodeState", "inactive")
+    if state != "inactive" and not is_classic(info):
+        require_manager(engine)
 
 
 def _classic(settings: Settings, info: dict[str, Any]) -> Iterator[Finding]:
@@ -305,7 +313,7 @@ def _sources(settings: Settings, snapshots: list[SourceSnapshot]) -> Iterator[Fi
                 Level.FAILED,
                 f"source {source.name}",
                 str(error),
-                "What it published before serves on; see docs/operations.md.",
+                "Mend what it names. What an agent that runs has published before serves on.",
             )
             continue
         snapshots.append(snapshot)

@@ -11,7 +11,7 @@ import json
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from agent.config import interlock2
 from agent.config.interlock import EXTENSION_KEYS, KEYS, Key, Scope
@@ -45,7 +45,8 @@ Of what is given, the first of these counts, as in Interlock, and `tidegate chec
 The URL of a store is `SCHEME://[USER:PASSWORD@]HOST[:PORT][,HOST[:PORT]…][/KEY]`. The endpoints are
 tried in turn; without a path the key is `interlock/v1/config`. Characters of user, password and
 key that mean something in a URL are written as `%XX`. With any of `--discovery-tls-ca-cert`,
-`--discovery-tls-cert` and `--discovery-tls-key` it is spoken to over TLS, and verified.
+`--discovery-tls-cert` and `--discovery-tls-key` it is spoken to over TLS, and verified. Where
+that fails the agent says which side, which file, and what to do.
 
 | scheme | port | what is spoken | user and password |
 | --- | --- | --- | --- |
@@ -159,10 +160,14 @@ def _is_unused(field: Any) -> bool:
 def _type(annotation: Any) -> str:
     """How a value of that type is written in TOML."""
     origin = get_origin(annotation)
+    if origin is Annotated:
+        return _type(get_args(annotation)[0])
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(annotation))
     if origin is tuple:
         return f"list of {_type(get_args(annotation)[0])}"
+    if origin is Annotated:
+        return _type(get_args(annotation)[0])
     names = {str: "string", int: "integer", bool: "boolean", float: "duration"}
     return names.get(annotation, "table")
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -12,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from agent.config import zookeeper
 from agent.config.kv import open_store
 from agent.config.stores import Content, Discovery, Store
 from agent.errors import SettingsError, StoreUnavailable
-from tests.conftest import free_port, require
+from tests.conftest import free_port
 from tests.stores.servers import Consul, Etcd, ZooKeeper, encoded
 
 KINDS = {"etcd": Etcd, "zk": ZooKeeper, "consul": Consul}
@@ -158,50 +157,6 @@ def test_user_and_password_are_etcds_and_a_token_that_ran_out_is_renewed(etcd):
             open_store(Discovery(f"etcd://{account}{address}")).read()
 
 
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: Any) -> dict[str, str]:
-    require(shutil.which("openssl"), "openssl")
-    home = tmp_path_factory.mktemp("tls")
-
-    def openssl(*arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], cwd=home, check=True, capture_output=True)
-
-    openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-            "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=ca", "-days", "2")  # fmt: skip
-    openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-            "-keyout", "key.pem", "-out", "csr", "-subj", "/CN=127.0.0.1")  # fmt: skip
-    (home / "ext").write_text("subjectAltName=IP:127.0.0.1")
-    openssl("x509", "-req", "-in", "csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial",
-            "-out", "cert.pem", "-days", "2", "-extfile", "ext")  # fmt: skip
-    return {name: str(home / f"{name}.pem") for name in ("ca", "cert", "key")}
-
-
-def test_etcd_over_tls_with_a_client_certificate(tmp_path, certificates):
-    server = Etcd(
-        tmp_path,
-        tls={
-            "--cert-file": certificates["cert"],
-            "--key-file": certificates["key"],
-            "--trusted-ca-file": certificates["ca"],
-            "--client-cert-auth": "true",
-        },
-    )
-    server.start()
-    try:
-        server.put("over TLS")
-        ca, cert, key = (certificates[name] for name in ("ca", "cert", "key"))
-        store = open_store(Discovery(server.url, ca, cert, key))
-        content = store.read()
-        assert content.text == "over TLS"
-        assert heard(store, content, lambda: server.put("again")) < 5
-        with pytest.raises(StoreUnavailable):
-            open_store(Discovery(server.url, ca)).read()
-        with pytest.raises(StoreUnavailable, match="TLS fails"):
-            open_store(Discovery(server.url, "", cert, key)).read()
-    finally:
-        server.stop()
-
-
 # Consul and ZooKeeper
 
 
@@ -242,3 +197,32 @@ def test_a_value_that_is_no_text_is_an_error_of_the_settings(etcd):
     etcd.post("/v3/kv/put", key=encoded("blob"), value="/w==").raise_for_status()
     with pytest.raises(SettingsError, match="not UTF-8"):
         open_store(Discovery(f"{etcd.url}/blob")).read()
+
+
+def test_ctrl_c_does_not_wait_for_a_zookeeper_that_is_silent(monkeypatch):
+    class Silent:
+        def __init__(self, **_: object) -> None:
+            pass
+
+        def add_listener(self, _: object) -> None:
+            pass
+
+        def start(self, timeout: float) -> None:
+            raise KeyboardInterrupt
+
+        def stop(self) -> None:
+            raise AssertionError("this takes as long as its session may be silent")
+
+    monkeypatch.setattr(zookeeper, "KazooClient", Silent)
+    store = open_store(Discovery("zk://127.0.0.1:1"))
+    with pytest.raises(KeyboardInterrupt):
+        store.read()
+    store.close()
+
+
+def test_a_zookeeper_that_is_away_is_told_by_us_alone(monkeypatch, caplog):
+    monkeypatch.setattr(zookeeper, "ANSWER_TIMEOUT", 1.0)
+    store = open_store(Discovery(f"zk://127.0.0.1:{free_port()}"))
+    with pytest.raises(StoreUnavailable, match="cannot be reached"):
+        store.read()
+    assert caplog.records == []
