@@ -182,3 +182,122 @@ def test_a_draining_peer_is_still_draining_after_a_restart(routed: Proxy, backen
         routed.start()
         assert routed.admin.live(A) == {"old": "draining", "b0": "up"}
         assert {request(routed.http_port).text for _ in range(6)} == {"b0"}
+
+
+def many(*, first: str = "p", count: int = 600) -> dict[str, object]:
+    """Upstreams that take enough of the disk for a log beside the file."""
+    return {
+        f"u{n}": upstream(*(peer(80, id=f"{first}{k}-of-upstream-{n}") for k in range(10)))
+        for n in range(count)
+    }
+
+
+@pytest.fixture
+def logged(routed: Proxy, backend: Backend) -> Proxy:
+    """A proxy whose file has revision 1 and its log revisions 2 to 4, one by one."""
+    routed.admin.put({A: upstream(), **many()})
+    wait_until(lambda: persisted(routed), what="the first")
+    for change, remove in (
+        ({"u1": upstream(peer(80, id="two"))}, ["u2"]),
+        ({"u2": upstream(peer(80, id="three")), "u3": upstream()}, ["u1"]),
+        ({A: upstream(backend.peer()), "new": upstream()}, ["u4"]),
+    ):
+        assert routed.admin.patch(change, remove).status == 200
+        wait_until(lambda: persisted(routed), what="a change")
+    return routed
+
+
+def content(proxy: Proxy) -> bytes:
+    return proxy.admin.call("GET", "/v1/membership").body
+
+
+def killed(proxy: Proxy) -> None:
+    """Ends it without a chance to write anything."""
+    # The master first, or it starts a worker for one that is gone.
+    for pid in (proxy.pid, *proxy.workers()):
+        os.kill(pid, signal.SIGKILL)
+    proxy.stop()
+
+
+@pytest.mark.parametrize("end", [killed, Proxy.stop])
+def test_what_changes_of_a_large_membership_is_added_to_a_log(
+    logged: Proxy, end: Callable[[Proxy], None]
+) -> None:
+    before = content(logged)
+    end(logged)
+    assert (logged.state_dir / "membership.log").stat().st_size < 4000
+    logged.start()
+    assert content(logged) == before
+    status = logged.admin.status()
+    assert (status["source"], status["revision"], status["upstreams"]) == ("disk", 4, 600)
+    assert request(logged.http_port).text == "b0"
+    assert logged.admin.patch({"u5": upstream()}).status == 200
+    wait_until(lambda: persisted(logged))
+
+
+def test_a_log_that_is_torn_is_good_up_to_there(logged: Proxy) -> None:
+    killed(logged)
+    log = logged.state_dir / "membership.log"
+    whole = log.read_bytes()
+    for cut, revision in ((len(whole) - 1, 3), (60, 1), (3, 1), (0, 1)):
+        log.write_bytes(whole[:cut])
+        logged.start()
+        assert logged.admin.status()["revision"] == revision, cut
+        killed(logged)
+    log.write_bytes(whole[:-5] + b"nails")
+    logged.start()
+    assert logged.admin.status()["revision"] == 3
+
+
+def test_what_follows_a_torn_log_is_not_lost(logged: Proxy) -> None:
+    log = logged.state_dir / "membership.log"
+    with log.open("ab") as file:
+        file.write(b"half of a batch")
+    assert logged.admin.patch({"u7": upstream()}).status == 200
+    wait_until(lambda: persisted(logged))
+    before = content(logged)
+    killed(logged)
+    logged.start()
+    assert (logged.admin.status()["revision"], content(logged)) == (5, before)
+
+
+def test_a_damaged_file_gives_way_to_the_one_before_with_its_log(logged: Proxy) -> None:
+    before = content(logged)
+    assert logged.admin.put(many(first="q")).status == 200
+    wait_until(lambda: persisted(logged))
+    assert logged.admin.patch({"u7": upstream()}).status == 200
+    wait_until(lambda: persisted(logged))
+    killed(logged)
+    damage_flip(logged.state_dir / "membership")
+    logged.start()
+    assert (logged.admin.status()["revision"], content(logged)) == (4, before)
+
+
+def test_the_log_does_not_grow_for_ever(logged: Proxy) -> None:
+    file = logged.state_dir / "membership"
+    inode = file.stat().st_ino
+    some = [dict(list(many(first=f"turn{turn}-").items())[:200]) for turn in range(3)]
+    for upserted in some:
+        assert logged.admin.patch(upserted).status == 200
+        wait_until(lambda: persisted(logged))
+    assert file.stat().st_ino != inode
+    before = content(logged)
+    killed(logged)
+    logged.start()
+    assert content(logged) == before
+
+
+def test_what_a_change_writes_does_not_depend_on_how_much_there_is(logged: Proxy) -> None:
+    def written() -> int:
+        return sum(
+            int(line.split()[1])
+            for pid in logged.workers()
+            for line in Path(f"/proc/{pid}/io").read_text().splitlines()
+            if line.startswith("wchar:")
+        )
+
+    before = written()
+    for turn in range(20):
+        assert logged.admin.patch({"u9": upstream(peer(80, id=f"turn{turn}"))}).status == 200
+        wait_until(lambda: persisted(logged))
+    assert written() - before < (logged.state_dir / "membership").stat().st_size

@@ -77,8 +77,11 @@ class Engine:
         answer = self.proxy.admin.put({"u": upstream(*peers, **policy)})
         assert answer.status == 200, answer.text
         assert answer.json()["unsupported"] == []
-        blob = "local b = require('tidegate.store'); b.admit('u', b.probing_peers('u')); return 1"
-        self.run(blob)
+        self.run("""
+            local store = require "tidegate.store"
+            store.admit("u", require("tidegate.codec").decode((store.get("u"))).peers)
+            return 1
+        """)
 
     def picks(
         self, count: int, *, seed: int = 1, call: str = "next()", each: str = "", **how: Any

@@ -53,7 +53,6 @@ local _M = {}
 
 local token                 -- of the lock, while this worker is the one
 local planned = {}          -- upstream → {number, check, peers = {id → job}}
-local unchecked = {}        -- upstream without a check → number of the version that has none
 local tick = 0              -- slots that have passed; not the clock's time, which may be set
 local slots = {}            -- number of a slot → list of jobs
 local due = {}              -- jobs to be done now, from `due_first` to `due_last`
@@ -61,6 +60,7 @@ local due_first, due_last = 1, 0
 local runners = 0
 local content               -- of the membership that was looked through last
 local scanned_at = 0
+local scanned               -- the last change of it that was looked at
 
 
 -- The ranges of a list of statuses such as "200,300-399".
@@ -269,7 +269,7 @@ local function scan_upstream(name, number)
     local head = blob and codec.head(blob)
     local check = head and policies.parse(codec.policy(blob, head)).check
     if not check then
-        planned[name], unchecked[name] = nil, number
+        planned[name] = nil
         return
     end
     local before = planned[name]
@@ -286,32 +286,35 @@ local function scan_upstream(name, number)
             jobs[peer.id] = job
         end
     end
-    planned[name], unchecked[name] = { number = number, check = check, peers = jobs }, nil
+    planned[name] = { number = number, check = check, peers = jobs }
 end
 
 
--- Brings the plan up to date with the membership.
+-- Brings the plan up to date with the membership, by what has changed where that is known.
 local function scan(at)
     local newest = ctl:get("content") or 0
     if newest == content or at >= scanned_at and at - scanned_at < RESCAN then
         return
     end
     content, scanned_at = newest, at
-    for _, name in ipairs(store.names()) do
+    local changed, last = store.changes_since(scanned)
+    scanned = last
+    if not changed then
+        changed = {}
+        for name in pairs(planned) do
+            changed[name] = true
+        end
+        for _, name in ipairs(store.names()) do
+            changed[name] = true
+        end
+    end
+    for name in pairs(changed) do
         local number = store.number(name)
-        local plan_of = planned[name]
-        if number and (plan_of and plan_of.number or unchecked[name]) ~= number then
+        if not planned[name] or planned[name].number ~= number then
             scan_upstream(name, number)
             collect("step", STEP)
         end
         store.breathe()
-    end
-    for _, list in ipairs({ planned, unchecked }) do
-        for name in pairs(list) do
-            if not store.number(name) then
-                list[name] = nil
-            end
-        end
     end
 end
 
@@ -350,7 +353,7 @@ end
 
 
 local function forget_all()
-    planned, unchecked, slots, due, content, scanned_at = {}, {}, {}, {}, nil, 0
+    planned, slots, due, content, scanned_at, scanned = {}, {}, {}, nil, 0, nil
     due_first, due_last = 1, 0
 end
 

@@ -49,7 +49,7 @@ end
 local function open(upstream, at, reason)
     local seconds = upstream.policy.circuit.open
     signal.keep(OPEN .. upstream.name, at + seconds, 0)
-    signal.raise(upstream.name)
+    signal.raise(upstream.name, "")
     metrics.add(upstream.name, metrics.CIRCUIT_OPENED)
     ngx.log(ngx.WARN, "tidegate: upstream ", upstream.name, ": circuit open for ", seconds,
             " s: ", reason)
@@ -78,7 +78,7 @@ function _M.tried(upstream, failed)
     elseif failed == false then
         clear(upstream, now())
         dict:delete(OPEN .. name)
-        signal.raise(name)
+        signal.raise(name, "")
         ngx.log(ngx.WARN, "tidegate: upstream ", name, ": circuit closed")
     end
     dict:delete(TRIAL .. name)

@@ -12,6 +12,7 @@ local posix = require "tidegate.posix"
 local C = ffi.C
 local cast = ffi.cast
 local copy = ffi.copy
+local crc32 = ngx.crc32_short
 local ffi_new = ffi.new
 local ffi_string = ffi.string
 local ipairs = ipairs
@@ -55,6 +56,7 @@ typedef struct {
 ]]
 
 local MAGIC = 0x54473033
+local MARK_SIZE = 4
 local HEAD_SIZE = ffi.sizeof("tidegate_head_t")
 local PEER_SIZE = ffi.sizeof("tidegate_peer_t")
 local ADDRESS_OFFSET = ffi.offsetof("tidegate_peer_t", "address")
@@ -64,6 +66,7 @@ local head_out = ffi.typeof("tidegate_head_t *")
 local peer_out = ffi.typeof("tidegate_peer_t *")
 local char_ptr = ffi.typeof("const char *")
 local buffer_type = ffi.typeof("char[?]")
+local uint32_box = ffi.typeof("uint32_t[?]")
 
 local UP, DRAINING, PROBING = 1, 2, 3
 
@@ -112,11 +115,13 @@ end
 
 
 --- Packs an upstream.
+-- @param name of it. What is packed ends with a hash of it that nobody reads: LuaJIT looks at few
+--   bytes of a long string to file it, and thousands that are alike there would be filed together
 -- @param upstream `{policy (JSON text), version (text), hold, peers}`; each peer
 --   `{id, family, bytes, port, weight, state, since, backup, late, cell}`; `peers` gets sorted;
 --   `cell` and `queue_cell` where its load is counted
 -- @return the value, and the number of peers that are being probed
-function _M.encode(upstream)
+function _M.encode(name, upstream)
     local peers, order = upstream.peers, {}
     sort_by_id(peers)
     local regular = {}
@@ -143,13 +148,14 @@ function _M.encode(upstream)
         text = text + #peer.id
     end
 
-    local size = HEAD_SIZE + #order * PEER_SIZE + text
+    local size = HEAD_SIZE + #order * PEER_SIZE + text + MARK_SIZE
     local buffer = ffi_new(buffer_type, size)
     local head = cast(head_out, buffer)
     local records = cast(peer_out, buffer + HEAD_SIZE)
     local strings = buffer + HEAD_SIZE + #order * PEER_SIZE
     copy(strings, upstream.policy, #upstream.policy)
     copy(strings + #upstream.policy, version, #version)
+    copy(buffer + size - MARK_SIZE, uint32_box(1, crc32(name)), MARK_SIZE)
     local offset, uniform = #upstream.policy + #version, 1
     local total, backup_weight = 0, 0
     for index, peer in ipairs(order) do

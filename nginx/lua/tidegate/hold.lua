@@ -10,6 +10,7 @@ local circuit = require "tidegate.circuit"
 local health = require "tidegate.health"
 local last_resort = require "tidegate.last_resort"
 local metrics = require "tidegate.metrics"
+local probe = require "tidegate.probe"
 local queue = require "tidegate.queue"
 local retry = require "tidegate.retry"
 local selection = require "tidegate.selection"
@@ -192,6 +193,10 @@ local function wait(name, tried, started, pause)
         end
         if is_overdue(upstream, waited) then
             last_resort.look(upstream)
+        end
+        if upstream.probing > 0 and not upstream.hurried then
+            upstream.hurried = true
+            probe.hurry(name)
         end
         -- Many waiting requests must not keep a worker busy with looking.
         local step = 0.003 + held * 0.00003

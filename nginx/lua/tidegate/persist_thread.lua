@@ -8,5 +8,6 @@ local posix = require "tidegate.posix"
 return {
     write = posix.write,
     append = posix.append,
+    log = posix.log,
     publish = posix.publish,
 }

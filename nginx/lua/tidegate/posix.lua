@@ -161,12 +161,39 @@ function _M.append(path, data)
 end
 
 
---- Syncs the file `new` and puts it in the place of `target`, which stays as `target.prev`.
+--- Adds `data` to the log at `path`, which has `size` bytes as yet (0: it is begun), and syncs it.
+-- One of another size has been torn, and is left as it is.
+function _M.log(path, data, size)
+    local file, err = io_open(path, size == 0 and "wb" or "ab")
+    if not file then
+        return nil, err
+    end
+    local ok = file:seek("end") == size
+    if not ok then
+        file:close()
+        return nil, path .. " is not as long as it was"
+    end
+    ok, err = file:write(data)
+    local closed, fault = file:close()
+    if not ok or not closed then
+        return nil, err or fault
+    end
+    ok, err = _M.fsync(path)
+    if ok and size == 0 then
+        ok, err = _M.fsync((path:gsub("/[^/]*$", "")))
+    end
+    return ok, err
+end
+
+
+--- Syncs the file `new` and puts it in the place of `target`, which stays as `target.prev`, and so
+-- does its log.
 function _M.publish(new, target)
     local ok, err = _M.fsync(new)
     if not ok then
         return nil, err
     end
+    os_rename(target .. ".log", target .. ".log.prev")
     os_rename(target, target .. ".prev")
     ok, err = os_rename(new, target)
     if ok then

@@ -217,9 +217,7 @@ function _M.apply(full, body, where)
             free_bytes = refusal.free_bytes, needed_bytes = refusal.needed_bytes,
         })
     end
-    for _, name in ipairs(result.changed) do
-        probe.start(name)
-    end
+    probe.start(result.probing)
     persist.schedule()
     -- Before the answer: an upstream of the same name that comes next is another one.
     records.forget(result.removed_names)

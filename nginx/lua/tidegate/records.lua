@@ -3,7 +3,8 @@
 -- Why: what one worker learns of a peer by a failed request (passive) or by a check (active) must
 -- count in all of them and survive each change of the membership. So it lies in a shared dict, in
 -- small records under upstream and peer id, never under an index. Records expire by themselves:
--- peers that are gone leave nothing behind. `signal` tells workers when to read them again.
+-- peers that are gone leave nothing behind. `signal` tells workers when to read them again, and of
+-- which peers; all of them are read only where that is not known.
 -- Must not choose anything.
 
 local circuit = require "tidegate.circuit"
@@ -16,11 +17,14 @@ local dict = ngx.shared.tidegate_health
 
 local copy = ffi.copy
 local ffi_string = ffi.string
+local floor = math.floor
 local max = math.max
 local min = math.min
 local next = next
 local ngx = ngx
 local now = ngx.now
+local pairs = pairs
+local setmetatable = setmetatable
 
 ffi.cdef [[
 typedef struct {
@@ -53,7 +57,7 @@ local RIGHT = "x\1"         -- to eject a peer: one worker at a time
 local FAILURES_TTL = 600
 local REFUSED_TTL = 60
 local FORGIVEN = 30         -- seconds back after which the length of ejections starts anew
-local LARGE = 200           -- peers from which on reading all records takes its time
+local LARGE = 200           -- peers from which on reading all records takes its time, if it must be
 local SHARE = 20e-6         -- seconds per peer between two readings of a large upstream
 
 local _M = {}
@@ -102,67 +106,171 @@ local function verdict_of(key, since, at)
 end
 
 
---- Adds what this module keeps with an opened version. Nothing is known until it is looked at.
-function _M.open(upstream)
-    upstream.health = {
-        word = false,
-        word_key = signal.key(upstream.name),
-        keys = {},
-        loaded = 0,
-        next_load = nil,    -- when something that is known now ends
-        ejected = nil,      -- index → true, to be asked last
-        unhealthy = nil,    -- index → true, not to be asked
-        suspects = nil,     -- index → true: has failures that a success has to take back
-    }
+-- The version of each upstream that was opened last, as long as somebody has it.
+local latest = setmetatable({}, { __mode = "v" })
+
+
+-- Index of the peer `id` among those from `first` on up to before `last`, which are sorted by id.
+local function search(upstream, id, first, last)
+    local blob, count, high = upstream.blob, upstream.head.count, last
+    while first < high do
+        local middle = floor((first + high) / 2)
+        if codec.id(blob, count, middle) < id then
+            first = middle + 1
+        else
+            high = middle
+        end
+    end
+    return first < last and codec.id(blob, count, first) == id and first or nil
+end
+
+
+-- Index of the peer `id`; nil where it is neither up nor draining.
+local function index_of(upstream, id)
+    local backups, up = upstream.head.backups, upstream.up
+    return search(upstream, id, 0, backups) or search(upstream, id, backups, up)
+        or search(upstream, id, up, up + upstream.draining)
+end
+
+
+-- Reads the records of one peer.
+local function read_peer(upstream, index, at)
+    local health, policy = upstream.health, upstream.policy
+    local key, since = key_of(upstream, index), upstream.peers[index].since
+    local ends
+    if policy.passive.failures > 0 then
+        health.failing[index] = dict:get(FAILURES .. key) and true or nil
+        local ejection = ejection_of(key, since, at)
+        health.all_ejected[index] = ejection and true or nil
+        ends = ejection and ejection.until_
+    end
+    if policy.check then
+        local verdict = verdict_of(key, since, at)
+        local out = verdict and verdict.healthy == 0
+        health.all_unhealthy[index] = out and true or nil
+        ends = out and min(ends or verdict.valid, verdict.valid) or ends
+    end
+    health.ends[index] = ends or nil
+end
+
+
+-- Sees what the records that were read come to.
+local function settle(upstream, word)
+    local health, panic_share = upstream.health, upstream.policy.panic
+    local backups = upstream.head.backups
+    local all, spare, next_load = upstream.up - backups, backups, nil
+    local well = all
+    for index, ends in pairs(health.ends) do
+        next_load = min(next_load or ends, ends)
+        if index < backups then
+            spare = spare - 1
+        elseif index < upstream.up then
+            well = well - 1
+        end
+    end
+    health.word = word
+    health.next_load = next_load
+    health.suspects = next(health.failing) and health.failing
+    if all == 0 then
+        all, well, spare = backups, spare, 0
+    end
+    -- Backup peers are there for this very case: as long as one of them is well, no panic.
+    local panic = spare == 0 and well < panic_share * all
+    health.ejected = not panic and next(health.all_ejected) and health.all_ejected or nil
+    health.unhealthy = not panic and next(health.all_unhealthy) and health.all_unhealthy or nil
+    circuit.load(upstream)
 end
 
 
 -- Reads all records of `upstream`.
 local function load(upstream, word, at)
-    local health, peers, policy = upstream.health, upstream.peers, upstream.policy
-    local passive, check = policy.passive.failures > 0, policy.check
-    local ejected, unhealthy, suspects, next_load = {}, {}, {}, nil
-    local all, well, spares, spare = 0, 0, 0, 0
+    local health = upstream.health
     for index = 0, upstream.up + upstream.draining - 1 do
-        local key, peer = key_of(upstream, index), peers[index]
-        local is_out = false
-        if passive then
-            suspects[index] = dict:get(FAILURES .. key) and true or nil
-            local ejection = ejection_of(key, peer.since, at)
-            if ejection then
-                ejected[index], is_out = true, true
-                next_load = min(next_load or ejection.until_, ejection.until_)
-            end
-        end
-        if check then
-            local verdict = verdict_of(key, peer.since, at)
-            if verdict and verdict.healthy == 0 then
-                unhealthy[index], is_out = true, true
-                next_load = min(next_load or verdict.valid, verdict.valid)
-            end
-        end
-        if index < upstream.up then
-            if peer.backup == 1 then
-                spares = spares + 1
-                spare = spare + (is_out and 0 or 1)
-            else
-                all = all + 1
-                well = well + (is_out and 0 or 1)
-            end
-        end
+        read_peer(upstream, index, at)
     end
-    health.word = word
     health.loaded = at
-    health.next_load = next_load
-    health.suspects = next(suspects) and suspects
-    if all == 0 then
-        all, well, spare = spares, spare, 0
+    health.torn = false
+    settle(upstream, word)
+end
+
+
+-- Reads the records of those that are out and might not be any more.
+local function read_ended(upstream, at)
+    local ended = {}
+    for index, ends in pairs(upstream.health.ends) do
+        if ends <= at then
+            ended[#ended + 1] = index
+        end
     end
-    -- Backup peers are there for this very case: as long as one of them is well, no panic.
-    local panic = spare == 0 and well < policy.panic * all
-    health.ejected = not panic and next(ejected) and ejected or nil
-    health.unhealthy = not panic and next(unhealthy) and unhealthy or nil
-    circuit.load(upstream)
+    for place = 1, #ended do
+        read_peer(upstream, ended[place], at)
+    end
+end
+
+
+-- Reads what `word` is about that this version does not know; all, where that is not told.
+local function read_news(upstream, word, at)
+    local health = upstream.health
+    local told = word and (health.word or health.blank) and not health.torn
+    local ids = told and signal.news(upstream.name, health.word or nil, word)
+    if ids then
+        read_ended(upstream, at)
+        for id in pairs(ids) do
+            local index = index_of(upstream, id)
+            if index then
+                read_peer(upstream, index, at)
+            end
+        end
+        settle(upstream, word)
+    elseif upstream.up < LARGE or at - health.loaded > upstream.up * SHARE then
+        load(upstream, word, at)
+    else
+        health.torn = true
+    end
+end
+
+
+-- Takes over what the version before knew, for the peers that are in both.
+local function inherit(upstream, before, at)
+    local known = before.health
+    for _, set in pairs({ known.failing, known.ends }) do
+        for old in pairs(set) do
+            local id = codec.id(before.blob, before.head.count, old)
+            local index = index_of(upstream, id)
+            if index then
+                read_peer(upstream, index, at)
+            end
+        end
+    end
+    upstream.health.loaded, upstream.health.torn = known.loaded, known.torn
+    upstream.health.blank = known.blank
+    settle(upstream, known.word)
+end
+
+
+--- Adds what this module keeps with an opened version.
+function _M.open(upstream)
+    local key, before = signal.key(upstream.name), latest[upstream.name]
+    upstream.health = {
+        word = false,
+        word_key = key,
+        keys = {},
+        blank = not dict:get(key),  -- nothing was known when it was opened
+        loaded = 0,
+        torn = false,       -- news were missed, so that all has to be read
+        next_load = nil,    -- when something that is known now ends
+        failing = {},       -- index → true: has failures that a success has to take back
+        all_ejected = {},   -- index → true
+        all_unhealthy = {},
+        ends = {},          -- index of one that is out → until when, as far as is known
+        ejected = nil,      -- index → true, to be asked last
+        unhealthy = nil,    -- index → true, not to be asked
+        suspects = nil,     -- those that are failing, if any
+    }
+    if before and before.health.word and before.policy == upstream.policy then
+        inherit(upstream, before, now())
+    end
+    latest[upstream.name] = upstream
 end
 
 
@@ -172,13 +280,11 @@ end
 function _M.look(upstream)
     local health = upstream.health
     local word = dict:get(health.word_key) or false
-    if word ~= health.word or health.next_load then
-        local at = now()
-        if word ~= health.word
-                and (upstream.up < LARGE or at - health.loaded > upstream.up * SHARE)
-                or health.next_load and at >= health.next_load then
-            load(upstream, word, at)
-        end
+    if word ~= health.word then
+        read_news(upstream, word, now())
+    elseif health.next_load and now() >= health.next_load then
+        read_ended(upstream, now())
+        settle(upstream, word)
     end
     return word == health.word and not health.next_load
 end
@@ -217,11 +323,11 @@ local function eject(upstream, index, key, at)
     ejection.count = (before and before.count or 0) + 1
     signal.keep(EJECTION .. key, ffi_string(ejection, EJECTION_SIZE),
                 ejection.length + max(FORGIVEN, ejection.length))
-    signal.raise(upstream.name)
+    local id = codec.id(upstream.blob, upstream.head.count, index)
+    signal.raise(upstream.name, id)
     metrics.add(upstream.name, metrics.EJECTIONS)
-    ngx.log(ngx.WARN, "tidegate: upstream ", upstream.name, ": peer ",
-            codec.id(upstream.blob, upstream.head.count, index), " fails and is left alone for ",
-            ejection.length, " s")
+    ngx.log(ngx.WARN, "tidegate: upstream ", upstream.name, ": peer ", id,
+            " fails and is left alone for ", ejection.length, " s")
 end
 
 
@@ -233,15 +339,15 @@ function _M.failed(upstream, index)
     end
     local key, health = key_of(upstream, index), upstream.health
     local failures, first = signal.count(FAILURES .. key, 1, FAILURES_TTL)
-    health.suspects = health.suspects or {}
-    health.suspects[index] = true
+    health.failing[index] = true
+    health.suspects = health.failing
     if not failures then
         return
     end
     if failures >= limit then
         eject(upstream, index, key, now())
     elseif first then
-        signal.raise(upstream.name)
+        signal.raise(upstream.name, codec.id(upstream.blob, upstream.head.count, index))
     end
 end
 
@@ -295,7 +401,7 @@ function _M.checked(name, check, peer, result, lasts)
         signal.keep(MESSAGE .. key, result.message, lasts)
     end
     if news then
-        signal.raise(name)
+        signal.raise(name, peer.id)
     end
     return news
 end

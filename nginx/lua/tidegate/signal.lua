@@ -2,7 +2,9 @@
 --
 -- Why: ejections, verdicts of checks and circuits are found by one worker and count in all. Each
 -- upstream has one word in the shared dict; only if it is not the one that a worker knows is
--- anything else read. An upstream nobody had trouble with has none.
+-- anything else read. An upstream nobody had trouble with has none. Words count up, and the last
+-- ones say for some time which peer they were about, so that a worker reads what has changed and
+-- not all there is.
 -- Before that, there is one number for all upstreams, another one after each change of a word or of
 -- the membership: a worker that has looked at an upstream since need not look again.
 -- Nothing in that dict is ever evicted to make room: what does not fit is not noted, and counted.
@@ -13,6 +15,10 @@ local memory = require "tidegate.memory"
 local ctl = ngx.shared.tidegate_ctl
 local dict = ngx.shared.tidegate_health
 
+local floor = math.floor
+local match = string.match
+local tonumber = tonumber
+
 ffi.cdef [[
 typedef struct {
     double newest;          /* number of the newest change */
@@ -22,6 +28,10 @@ typedef struct {
 local PREFIX = "v\1"
 local SERIAL = "\1serial"
 local NEVER = 0 / 0         -- equal to nothing, itself included
+local NEWS = "n\1"
+local STEP = 2 ^ 20         -- from the words of an upstream to those of the next of the same name
+local KEPT = 64             -- words of an upstream that are told what they were about
+local KEPT_FOR = 60         -- seconds
 
 local _M = {}
 
@@ -64,7 +74,6 @@ function _M.note_change()
 end
 
 
-
 --- Key of the word of upstream `name`.
 function _M.key(name)
     return PREFIX .. name
@@ -81,10 +90,54 @@ function _M.keep(key, value, seconds)
 end
 
 
+-- The next word of an upstream; nil where there is no room.
+local function next_word(key)
+    local word = dict:incr(key, 1)
+    if word then
+        return word
+    end
+    local first = dict:incr(SERIAL, 1, 0) * STEP + 1
+    local ok, err = dict:safe_add(key, first)
+    if ok then
+        return first
+    elseif err == "exists" then
+        return dict:incr(key, 1)
+    end
+    ctl:incr("health_lost", 1, 0)
+    return nil
+end
+
+
 --- Has all workers look at upstream `name` anew. What they are to find is written before.
-function _M.raise(name)
-    _M.keep(PREFIX .. name, dict:incr(SERIAL, 1, 0), 0)
+-- @param id of the peer that it is about; empty for none
+function _M.raise(name, id)
+    local word = next_word(PREFIX .. name)
+    if word then
+        -- Whoever does not find this reads everything.
+        dict:safe_set(NEWS .. name .. "\1" .. word % KEPT, word .. ":" .. id, KEPT_FOR)
+    end
     _M.note_change()
+end
+
+
+--- What has been raised for upstream `name` since word `before` (nil: since there was none) up to
+-- `word`.
+-- @return set of ids of peers; nil where that is not known any more
+function _M.news(name, before, word)
+    before = before or floor(word / STEP) * STEP
+    if before > word or word - before > KEPT then
+        return nil
+    end
+    local ids = {}
+    for number = before + 1, word do
+        local text = dict:get(NEWS .. name .. "\1" .. number % KEPT) or ""
+        local found, id = match(text, "^(%d+):(.*)$")
+        if tonumber(found) ~= number then
+            return nil
+        end
+        ids[id] = true
+    end
+    return ids
 end
 
 

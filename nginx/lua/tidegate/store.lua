@@ -9,11 +9,15 @@
 -- Whoever writes holds the lock "push". Between flips and revision the mark "dirty" stands with the
 -- revision that was to be: a worker that is killed there leaves a mixture. Whoever writes next then
 -- gives it a revision of its own, so that no delta made from anything else is taken.
+--
+-- The names of what has changed last are kept too, so that what follows the membership costs by
+-- what has changed and not by what there is.
 
 local codec = require "tidegate.codec"
 local load = require "tidegate.load"
 local lock = require "tidegate.lock"
 local policies = require "tidegate.policy"
+local posix = require "tidegate.posix"
 local signal = require "tidegate.signal"
 
 local ctl = ngx.shared.tidegate_ctl
@@ -21,8 +25,10 @@ local ptr = ngx.shared.tidegate_ptr
 local dat = ngx.shared.tidegate_dat
 local probes = ngx.shared.tidegate_probes
 
+local byte = string.byte
 local collect = collectgarbage
 local error = error
+local get_pid = ngx.worker.pid
 local ipairs = ipairs
 local match = string.match
 local now = ngx.now
@@ -39,6 +45,11 @@ local SLICE = 0.001
 -- does not add up to memory that the worker never gives back.
 local BATCH = 64
 local STEP = 384
+local OWNER = "\1"          -- and the name of an upstream: pid of the worker that probes its peers
+local CLAIM = 5             -- seconds that a claim lasts that is not renewed
+local CHANGE = "d\1"        -- and its number modulo `CHANGES`: the number and who has changed
+local CHANGES = 1024        -- that are known by name
+local MANY = 256            -- in one push, from which on they are not
 
 local _M = {}
 
@@ -101,12 +112,54 @@ function _M.names()
 end
 
 
+local function note_all_changed()
+    ctl:incr("changes", CHANGES + 1, 0)
+end
+
+
+-- Notes that upstreams have changed or are gone. Under the lock, when that is in force.
+local function note_changes(names, more)
+    local last = ctl:get("changes") or 0
+    if #names + #more > MANY then
+        note_all_changed()
+        return
+    end
+    for _, list in ipairs({ names, more }) do
+        for _, name in ipairs(list) do
+            last = last + 1
+            ctl:safe_set(CHANGE .. last % CHANGES, last .. ":" .. name)
+        end
+    end
+    ctl:set("changes", last)
+end
+
+
+--- Which upstreams have changed or are gone since change `number`.
+-- @return set of names, nil where that is not known any more and may be all of them; and the number
+--   of the last change
+function _M.changes_since(number)
+    local last = ctl:get("changes") or 0
+    if not number or number > last or last - number > CHANGES then
+        return nil, last
+    end
+    local names = {}
+    for change = number + 1, last do
+        local found, name = match(ctl:get(CHANGE .. change % CHANGES) or "", "^(%d+):(.*)$")
+        if tonumber(found) ~= change then
+            return nil, last
+        end
+        names[name] = true
+    end
+    return names, last
+end
+
+
 --- What is in force, in short.
 function _M.summary()
     return {
         revision = ctl:get("revision") or 0,
         source = ctl:get("source") or "none",
-        upstreams = #_M.names(),
+        upstreams = ctl:get("upstreams") or #_M.names(),
         peers = ctl:get("peers") or 0,
         capacity = dat:capacity(),
         free = dat:free_space(),
@@ -225,6 +278,8 @@ local function recover()
         end
     end
     ctl:incr("names", 1, 0)
+    note_all_changed()
+    ctl:set("upstreams", #_M.names())
     local wanted = {}
     for _, name in ipairs(_M.names()) do
         local blob = _M.get(name)
@@ -316,7 +371,7 @@ local function apply(token, push)
     local current = ctl:get("revision") or 0
     local full = push.base_revision == nil
     if push.revision == current and ctl:get("writer") == push.writer then
-        return { revision = current, upserted = 0, removed = 0, changed = {}, removed_names = {} }
+        return { revision = current, upserted = 0, removed = 0, probing = {}, removed_names = {} }
     end
     if push.revision <= current or not full and push.base_revision ~= current then
         return nil, { kind = "revision", revision = current }
@@ -335,7 +390,7 @@ local function apply(token, push)
         local old = old_blob and codec.decode(old_blob)
         carry_over(upstream, old, at)
         take_cells(upstream, old)
-        local blob, probing = codec.encode(upstream)
+        local blob, probing = codec.encode(name, upstream)
         upserted = upserted + 1
         peers = peers + #upstream.peers - (old and not full and #old.peers or 0)
         if blob ~= old_blob then
@@ -392,9 +447,17 @@ local function apply(token, push)
     ctl:set("dirty", push.revision)
     signal.begin_change()
     local changed, renamed = {}, #removed > 0
+    local probing = {}
+    local upstreams = full and upserted or (ctl:get("upstreams") or #_M.names()) - #removed
     for index, entry in ipairs(staged) do
         changed[index] = entry.name
-        renamed = renamed or not entry.old_number
+        if not entry.old_number then
+            renamed = true
+            upstreams = full and upstreams or upstreams + 1
+        end
+        if entry.probing > 0 then
+            probing[#probing + 1] = entry.name
+        end
     end
     if renamed then
         -- Should this worker be killed in here, nothing that is served is missing from the list.
@@ -417,6 +480,8 @@ local function apply(token, push)
     if renamed then
         ctl:incr("names", 1, 0)
     end
+    note_changes(changed, removed)
+    ctl:set("upstreams", upstreams)
     ctl:set("peers", peers)
     ctl:set("writer", push.writer)
     ctl:set("source", "push")
@@ -429,7 +494,7 @@ local function apply(token, push)
         revision = push.revision,
         upserted = upserted,
         removed = #removed,
-        changed = changed,
+        probing = probing,
         removed_names = removed,
     }
 end
@@ -441,8 +506,8 @@ end
 --   `next()` gives name and upstream, as `wire.read_upstream` does, of the next one to be set, nil
 --   after the last; `names` then has the names of all; `complete()` is asked at the end whether
 --   they are all there was, else nothing is applied; `remove` is a list of others
--- @return `{revision, upserted, removed, changed = {names}, removed_names}` (counts as the push
---   has them, `changed` only what differs), or nil and `{kind =
+-- @return `{revision, upserted, removed, probing = {names}, removed_names}` (counts as the push has
+--   them, `probing` which of those that differ have peers to be probed), or nil and `{kind =
 --   "busy"|"revision"|"incomplete"|"dict_full", …}`
 function _M.apply(push)
     return locked(apply, push)
@@ -451,24 +516,36 @@ end
 
 --- Names of upstreams that have peers being probed.
 function _M.probing_names()
-    return probes:get_keys(0)
+    local names = {}
+    for _, key in ipairs(probes:get_keys(0)) do
+        if byte(key) ~= 1 then
+            names[#names + 1] = key
+        end
+    end
+    return names
 end
 
 
---- Peers of upstream `name` that are being probed.
-function _M.probing_peers(name)
-    local blob = _M.get(name)
-    local result = {}
-    local head = blob and codec.head(blob)
-    if not head or head.probing == 0 then
-        return result
+--- Has this worker probe the peers of upstream `name` for some seconds, unless another one does.
+-- Two that ask at the same time may both be told so, until the next time.
+-- @return whether it is this worker's
+function _M.claim(name)
+    local key, pid = OWNER .. name, get_pid()
+    local owner = probes:get(key)
+    if owner and owner ~= pid and posix.alive(owner) then
+        return false
     end
-    for _, peer in ipairs(codec.decode(blob).peers) do
-        if peer.state == codec.PROBING and peer.weight > 0 then
-            result[#result + 1] = peer
-        end
+    -- With no room for this, probing twice is better than not at all.
+    probes:safe_set(key, pid, CLAIM)
+    return true
+end
+
+
+--- Takes back a claim, if it is this worker's.
+function _M.disclaim(name)
+    if probes:get(OWNER .. name) == get_pid() then
+        probes:delete(OWNER .. name)
     end
-    return result
 end
 
 
@@ -490,13 +567,14 @@ local function admit(_, name, admitted)
         end
     end
     local entry = { name = name, old_number = number, old_blob = blob }
-    entry.blob, entry.probing = codec.encode(upstream)
+    entry.blob, entry.probing = codec.encode(name, upstream)
     if entry.blob ~= blob then
         if not stage(entry) then
             return nil
         end
         signal.begin_change()
         flip(entry)
+        note_changes({ name }, {})
         signal.end_change()
         ctl:incr("content", 1, 0)
     end
@@ -506,7 +584,7 @@ end
 
 --- Admits peers of upstream `name` that have accepted a connection, as far as they are still the
 -- same and still being probed. The revision stays. May yield.
--- @param admitted list of peers as `probing_peers` gives them
+-- @param admitted list of `{id, bytes, port}`
 -- @return true when it is done, nil if the lock could not be had or there is no room
 function _M.admit(name, admitted)
     return locked(admit, name, admitted)
@@ -515,7 +593,7 @@ end
 
 -- A version from disk as it is to be in force: its cells were another run's, and peers that are
 -- there at a start do not start slowly.
-local function renew(blob, head)
+local function renew(name, blob, head)
     local policy = policies.parse(codec.policy(blob, head))
     if head.cell == 0 and policy.slow_start == 0 then
         return blob
@@ -525,7 +603,7 @@ local function renew(blob, head)
         peer.cell, peer.late = 0, false
     end
     take_cells(upstream)
-    return (codec.encode(upstream))
+    return (codec.encode(name, upstream))
 end
 
 
@@ -533,21 +611,29 @@ end
 -- @param saved `{revision, writer, upstreams = {name = packed}}`
 -- @return number of upstreams, or nil and why
 function _M.load(saved)
-    local count, peers = 0, 0
+    local count, peers, number = 0, 0, ctl:get("number") or 0
     for name, blob in pairs(saved.upstreams) do
         local head = codec.head(blob)
         if not head then
             return nil, "the record of upstream " .. name .. " cannot be read"
         end
-        local entry = { name = name, blob = renew(blob, head), probing = head.probing }
-        local ok, err = stage(entry)
+        -- Nobody serves yet: what is added is in force.
+        number = number + 1
+        local ok, err = dat:safe_add(key_of(name, number), renew(name, blob, head))
+        if ok then
+            ok, err = ptr:safe_add(name, number)
+        end
         if not ok then
             return nil, "no room for upstream " .. name .. ": " .. err
         end
-        flip(entry)
+        if head.probing > 0 then
+            probes:safe_set(name, true)
+        end
         count = count + 1
         peers = peers + head.count
     end
+    ctl:set("number", number)
+    ctl:set("upstreams", count)
     ctl:set("peers", peers)
     ctl:set("writer", saved.writer)
     ctl:set("source", "disk")
