@@ -324,7 +324,8 @@ def test_a_request_that_has_failed_waits_where_all_other_peers_are_full(shared: 
         serve(shared, bad.peer(), good.peer(backup=True), retry=retry, **policy)
         for number in range(4):
             slow = pool.submit(request, shared.http_port, "/sleep/0.5")
-            wait_until(lambda: good.busy == 1)
+            come = 2 * number + 1
+            wait_until(lambda come=come: len(good.requests) == come)
             answer = request(shared.http_port, f"/{number}")
             assert (answer.status, answer.text) == (200, good.name)
             assert slow.result().text == good.name
