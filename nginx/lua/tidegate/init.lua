@@ -8,6 +8,7 @@ local checks = require "tidegate.checks"
 local health = require "tidegate.health"
 local hold = require "tidegate.hold"
 local lease = require "tidegate.lease"
+local limits = require "tidegate.limits"
 local load = require "tidegate.load"
 local metrics = require "tidegate.metrics"
 local persist = require "tidegate.persist"
@@ -23,8 +24,10 @@ require "tidegate.mirror"
 local ctl = ngx.shared.tidegate_ctl
 
 local every = ngx.timer.every
+local floor = math.floor
 local gsub = string.gsub
 local ipairs = ipairs
+local min = math.min
 local ngx = ngx
 local pcall = pcall
 
@@ -33,6 +36,7 @@ local ERRORS = { 500, 502, 503, 504 }
 local _M = { version = "0.1.0" }
 
 local has_stream = false
+local max_held
 
 
 local function random_id()
@@ -76,7 +80,8 @@ function _M.start(options)
     persist.configure(options.state)
     lease.configure(options.lease_ttl)
     site.configure(options, certificates.prepare)
-    certificates.configure(options, site.texts())
+    local texts = site.texts()
+    certificates.configure(options, texts)
     local token = read_secret("TIDEGATE_ADMIN_TOKEN", options.token_file)
     -- All instances of an agent have the same token, so they read each other's sessions.
     sticky.configure(read_secret("TIDEGATE_SESSION_SECRET", options.session_secret_file)
@@ -88,7 +93,10 @@ function _M.start(options)
         version = _M.version,
         features = options.features,
     })
-    hold.set_limit(options.max_held)
+    -- Those that wait for a peer must not keep the push from coming in that brings it.
+    local connections = limits.connections(options.run, texts)
+    max_held = min(options.max_held, floor(connections / 2))
+    hold.set_limit(max_held)
     has_stream = options.stream
     local page, err = posix.read(options.error_page)
     if page then
@@ -130,6 +138,7 @@ function _M.start_worker()
     site.worker_started()
     every(1, guarded("counting load", load.sweep))
     if has_stream then
+        ctl:set("max_held", max_held)
         bridge.publish(ctl:get("instance"))
     end
     -- Each second, so that a worker that dies leaves nothing undone for long.
