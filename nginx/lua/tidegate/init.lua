@@ -27,11 +27,14 @@ local every = ngx.timer.every
 local floor = math.floor
 local gsub = string.gsub
 local ipairs = ipairs
+local max = math.max
 local min = math.min
 local ngx = ngx
 local pcall = pcall
 
 local ERRORS = { 500, 502, 503, 504 }
+-- A worker needs for itself: listeners, timers, checks, the admin API.
+local OWN_CONNECTIONS = 64
 
 local _M = { version = "0.1.0" }
 
@@ -93,9 +96,10 @@ function _M.start(options)
         version = _M.version,
         features = options.features,
     })
-    -- Those that wait for a peer must not keep the push from coming in that brings it.
+    -- Those that wait for a peer must not keep out the push that brings it, and take a connection
+    -- each to that peer.
     local connections = limits.connections(options.run, texts)
-    max_held = min(options.max_held, floor(connections / 2))
+    max_held = max(0, min(options.max_held, floor((connections - OWN_CONNECTIONS) / 2)))
     hold.set_limit(max_held)
     has_stream = options.stream
     local page, err = posix.read(options.error_page)
