@@ -18,7 +18,8 @@ from agent.config.stores import BUILT_IN, Loaded
 from agent.controller import SiteRenderer
 from agent.discovery import build_sources
 from agent.discovery.classic_nodes import is_classic, nodes_of
-from agent.discovery.docker_api import Connector, read
+from agent.discovery.docker_api import Connector, Engine, addresses, read, whatever
+from agent.discovery.swarm import require_manager
 from agent.discovery.swarm_watch import opener
 from agent.driver.openresty import Build, Token, connector
 from agent.driver.parts import AdminClient
@@ -194,8 +195,9 @@ _OLD_PROTOCOLS = ("TLSv1", "TLSv1.1")
 def _engine(settings: Settings) -> Iterator[Finding]:
     if set(settings.sources) <= {"static"}:
         return
+    several = len(addresses(settings)) > 1 and {"auto", "swarm"} & set(settings.sources)
     try:
-        engine = Connector(settings)()
+        engine = Connector(settings)(_no_worker if several else whatever)
     except DiscoveryError as error:
         yield Finding(
             Level.FAILED,
@@ -216,6 +218,14 @@ def _engine(settings: Settings) -> Iterator[Finding]:
             yield from _classic(settings, info)
         else:
             yield from _swarm(settings, engine, info.get("Swarm") or {})
+
+
+def _no_worker(engine: Engine) -> None:
+    """Of several addresses the agent takes the first that is no worker's."""
+    info = read(engine, "/info")
+    state = (info.get("Swarm") or {}).get("LocalNodeState", "inactive")
+    if state != "inactive" and not is_classic(info):
+        require_manager(engine)
 
 
 def _classic(settings: Settings, info: dict[str, Any]) -> Iterator[Finding]:

@@ -46,7 +46,8 @@ Of what is given, the first of these counts, as in Interlock, and `tidegate chec
 The URL of a store is `SCHEME://[USER:PASSWORD@]HOST[:PORT][,HOST[:PORT]…][/KEY]`. The endpoints are
 tried in turn; without a path the key is `interlock/v1/config`. Characters of user, password and
 key that mean something in a URL are written as `%XX`. With any of `--discovery-tls-ca-cert`,
-`--discovery-tls-cert` and `--discovery-tls-key` it is spoken to over TLS, and verified.
+`--discovery-tls-cert` and `--discovery-tls-key` it is spoken to over TLS, and verified. Where
+that fails the agent says which side, which file, and what to do.
 
 | scheme | port | what is spoken | user and password |
 | --- | --- | --- | --- |

@@ -22,6 +22,7 @@ import requests
 
 from agent.config.stores import Content, Discovery, Store
 from agent.errors import SettingsError, StoreUnavailable
+from agent.tls import Client, reason, unusable
 
 DEFAULT_KEY = "interlock/v1/config"
 """Interlock's; the path of the URL takes its place."""
@@ -52,6 +53,16 @@ class Address:
     def tls(self) -> bool:
         """Whether the store is spoken to over TLS: one of the files is enough."""
         return bool(self.ca or self.cert)
+
+    @property
+    def client(self) -> Client:
+        """The TLS files, and the options that name them."""
+        return Client(
+            names=("--discovery-tls-ca-cert", "--discovery-tls-cert", "--discovery-tls-key"),
+            ca=self.ca,
+            cert=self.cert,
+            key=self.cert_key,
+        )
 
     @property
     def where(self) -> str:
@@ -198,18 +209,21 @@ class _HttpStore:
         scheme = self._address.scheme
         try:
             yield
-        except requests.exceptions.SSLError as error:
-            raise StoreUnavailable(f"{scheme} at {place}: TLS fails: {_root(error)}") from error
         except requests.Timeout as error:
             raise StoreUnavailable(f"{scheme} at {place} does not answer in time") from error
         except requests.ConnectionError as error:
+            why = reason(error, self._address.client) if self._address.tls else ""
             raise StoreUnavailable(
-                f"{scheme} at {place} cannot be reached: {_root(error)}"
+                f"{scheme} at {place} cannot be reached: {why or _root(error)}"
             ) from error
         except (requests.RequestException, ValueError, KeyError, TypeError) as error:
             raise StoreUnavailable(
                 f"{scheme} at {place}: its answer makes no sense: {type(error).__name__}: {error}"
             ) from error
+        except OSError as error:
+            # A file that was there when the store was opened.
+            why = unusable(self._address.client)
+            raise StoreUnavailable(f"{scheme} at {place}: {why or error}") from error
 
     def _refused(self, answer: requests.Response) -> StoreUnavailable:
         place = self._address.endpoints[self._current]
@@ -416,7 +430,7 @@ class EtcdStore(_HttpStore):
                 auth=self._v2_account,
                 timeout=(CONNECT_TIMEOUT, timeout),
             )
-        except requests.RequestException:
+        except OSError:
             return  # silent, or broken: the next read says which
 
     @property
@@ -447,7 +461,7 @@ class ConsulStore(_HttpStore):
                 {"index": str(max(1, index)), "wait": f"{max(1, round(timeout))}s"},
                 timeout=timeout * 17 / 16 + ANSWER_TIMEOUT,
             )
-        except requests.RequestException:
+        except OSError:
             return  # the next read says what is wrong
 
     def _read(self) -> Content:

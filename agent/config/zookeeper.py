@@ -14,7 +14,8 @@ from kazoo.client import KazooClient
 from kazoo.exceptions import KazooException, NoAuthError, NoNodeError
 from kazoo.handlers.threading import KazooTimeoutError
 
-from agent.config.kv import ANSWER_TIMEOUT, LONGEST_WAIT, Address
+from agent import tls
+from agent.config.kv import ANSWER_TIMEOUT, CONNECT_TIMEOUT, LONGEST_WAIT, Address
 from agent.config.stores import Content
 from agent.errors import SettingsError, StoreUnavailable
 
@@ -87,6 +88,8 @@ class ZooKeeperStore:
             raise OSError("it was closed")
         if self._client is None:
             address = self._address
+            if trouble := self._trouble_of_tls():
+                raise OSError(trouble)
             client = KazooClient(
                 hosts=",".join(address.endpoints),
                 timeout=ANSWER_TIMEOUT,
@@ -107,6 +110,20 @@ class ZooKeeperStore:
                 raise
             self._client = client
         return self._client
+
+    def _trouble_of_tls(self) -> str:
+        """Why TLS fails with all of them, which kazoo does not tell: to it, that is a time-out."""
+        if not self._address.tls:
+            return ""
+        said = []
+        for endpoint in self._address.endpoints:
+            host, _, port = endpoint.rpartition(":")
+            client = self._address.client
+            why = tls.probe(host.strip("[]"), int(port), client, timeout=CONNECT_TIMEOUT)
+            if not why:
+                return ""
+            said.append(f"{endpoint}: {why}")
+        return "; ".join(said)
 
     def _drop(self) -> None:
         client, self._client = self._client, None

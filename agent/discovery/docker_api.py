@@ -11,11 +11,12 @@ from __future__ import annotations
 import codecs
 import http.client
 import json
+import logging
 import os
 import re
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,8 +28,11 @@ from docker import APIClient
 from docker.errors import DockerException
 from docker.tls import TLSConfig
 
+from agent import tls
 from agent.config.settings import Settings
 from agent.errors import DiscoveryError, DockerRefused, DockerUnavailable
+
+_log = logging.getLogger(__name__)
 
 DEFAULT_URL = "unix:///var/run/docker.sock"
 
@@ -113,7 +117,23 @@ class Engine(Protocol):
         """Let go of the connections."""
 
 
-Connect = Callable[[], Engine]
+Fit = Callable[[Engine], object]
+"""Raises DiscoveryError for an engine that answers, but is not what is looked for."""
+
+
+def whatever(_: Engine) -> None:
+    """Fit for all engines."""
+
+
+class Connect(Protocol):
+    """How a source gets at its engine."""
+
+    def __call__(self, fit: Fit = whatever) -> Engine:
+        """An engine that answers and is fit.
+
+        Raises:
+            DiscoveryError: there is none; what is wrong with it, or with each.
+        """
 
 
 def read(engine: Engine, path: str, **params: str) -> Any:
@@ -144,36 +164,44 @@ def addresses(settings: Settings) -> tuple[str, ...]:
     DockerURL, else DOCKER_HOST, either with commas between several; else the local socket.
     """
     text = settings.docker_url or os.environ.get("DOCKER_HOST", "")
-    return tuple(filter(None, (part.strip() for part in text.split(",")))) or (DEFAULT_URL,)
+    parts = filter(None, (part.strip() for part in text.split(",")))
+    # The library takes HOST:PORT for tcp too, and whether TLS is spoken hangs on the scheme.
+    urls = (part if "://" in part or part.startswith("/") else f"tcp://{part}" for part in parts)
+    return tuple(urls) or (DEFAULT_URL,)
 
 
 class Connector:
     """Connects to the first address that answers, and keeps to it until it fails.
 
     Several managers of one cluster are one engine with several addresses: where one stops
-    answering, the next one is tried.
+    answering, or is a manager no longer, the next one is tried.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._urls = addresses(settings)
         self._first = 0
+        if settings.allow_insecure and any(_client(settings, url) for url in self._urls):
+            _log.warning("AllowInsecure: the engine's certificate is not verified")
+            # Said once, here; the library would say it with each request.
+            urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
 
-    def __call__(self) -> DockerEngine:
+    def __call__(self, fit: Fit = whatever) -> DockerEngine:
         """Connect.
+
+        Args:
+            fit: what is asked of the engine before it is taken.
 
         Raises:
             DockerUnavailable: no address answers.
             DockerRefused: the only address answered with an error.
-            DiscoveryError: the URL or the TLS files cannot be used.
+            DiscoveryError: the URL or the TLS files cannot be used, or the only one is not fit.
         """
         errors: list[DiscoveryError] = []
         count, first = len(self._urls), self._first
         for index in (at % count for at in range(first, first + count)):
             try:
-                engine = DockerEngine(
-                    self._settings, url=self._urls[index], failed=partial(self._leave, index)
-                )
+                engine = self._connect(index, fit)
             except DiscoveryError as error:
                 errors.append(error)
                 continue
@@ -182,6 +210,16 @@ class Connector:
         if len(errors) == 1:
             raise errors[0]
         raise DockerUnavailable("; ".join(str(error) for error in errors))
+
+    def _connect(self, index: int, fit: Fit) -> DockerEngine:
+        with ExitStack() as undo:
+            engine = DockerEngine(
+                self._settings, url=self._urls[index], failed=partial(self._leave, index)
+            )
+            undo.callback(engine.close)
+            fit(engine)
+            undo.pop_all()
+        return engine
 
     def _leave(self, index: int) -> None:
         """The next connection is first tried elsewhere."""
@@ -217,12 +255,15 @@ class DockerEngine:
         self._timeout = timeout
         self._failed = failed
         self.url = url or addresses(settings)[0]
+        self._tls = _client(settings, self.url)
+        if self._tls and (why := tls.unusable(self._tls)):
+            raise DiscoveryError(f"the engine at {self.url} cannot be reached: {why}")
         with _mapped(self.url):
             self._client = APIClient(
                 base_url=self.url,
                 version=_written(OLDEST_API),
                 timeout=timeout,
-                tls=_tls(settings, self.url) or False,
+                tls=_for_library(self._tls, verify=not settings.allow_insecure),
             )
         # What a proxy or a CA bundle of the environment says is not meant for the engine.
         self._client.trust_env = False
@@ -270,7 +311,7 @@ class DockerEngine:
             )
             if response.status_code != requests.codes.ok:
                 self._checked(response, "GET /events")
-            return _Events(response, self.url)
+            return _Events(response, self.url, self._tls)
 
     def connect_network(self, network: str, container: str) -> None:
         """Attach a container to a network."""
@@ -296,9 +337,11 @@ class DockerEngine:
         """The body of a good answer."""
         body: bytes = response.content
         if response.status_code != requests.codes.ok:
+            said = _message(body)
+            if _WANTS_TLS in said:
+                said = "it speaks TLS there; set TLSCACert, TLSCert and TLSKey"
             raise DockerRefused(
-                f"the engine at {self.url} refuses {call}: {_message(body)}",
-                status=response.status_code,
+                f"the engine at {self.url} refuses {call}: {said}", status=response.status_code
             )
         return body
 
@@ -306,7 +349,7 @@ class DockerEngine:
     def _watched(self) -> Iterator[None]:
         """Map errors, and tell of those that another address may not have."""
         try:
-            with _mapped(self.url):
+            with _mapped(self.url, self._tls):
                 yield
         except DockerUnavailable:
             self._failed()
@@ -324,9 +367,10 @@ class _Events:
     either may send them in pieces.
     """
 
-    def __init__(self, response: requests.Response, url: str) -> None:
+    def __init__(self, response: requests.Response, url: str, client: tls.Client | None) -> None:
         self._response = response
         self._url = url
+        self._tls = client
         self._closed = False
         # The library has no public way to either.
         body: Any = response.raw._fp
@@ -341,7 +385,7 @@ class _Events:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         try:
-            with _mapped(self._url):
+            with _mapped(self._url, self._tls):
                 yield from _objects(self._chunks(), self._url)
         except DockerUnavailable:
             if not self._closed:
@@ -452,36 +496,46 @@ def _filters(filters: Filters) -> str:
     return json.dumps({key: list(value) for key, value in filters.items()})
 
 
-def _tls(settings: Settings, url: str) -> TLSConfig | None:
+def _client(settings: Settings, url: str) -> tls.Client | None:
     """How TLS is spoken with the engine, if it is: the settings' files, else Docker's environment.
 
     Who gave files or asks for https is never answered in the clear, and the server is verified
-    unless AllowInsecure says otherwise: with the CA given, else with those of the system.
+    unless AllowInsecure says otherwise: with the CA given, else with the public ones.
     """
     scheme = urlsplit(url).scheme
     if scheme not in ("tcp", "http", "https"):
         return None
     ca, cert, key = settings.tls_ca_cert, settings.tls_cert, settings.tls_key
+    names = ("TLSCACert", "TLSCert", "TLSKey")
     asked = bool(ca or cert or key)
     directory = os.environ.get("DOCKER_CERT_PATH", "")
     if not asked and (directory or os.environ.get("DOCKER_TLS_VERIFY")):
         asked = True
+        names = ("ca.pem of DOCKER_CERT_PATH", "cert.pem", "key.pem")
         files = (Path(directory or "~/.docker").expanduser() / f"{n}.pem" for n in _DOCKERS_FILES)
         ca, cert, key = (str(file) if file.exists() else "" for file in files)
     if not asked and scheme != "https":
         return None
-    return TLSConfig(
-        client_cert=(cert, key) if cert or key else None,
-        ca_cert=ca or None,
-        verify=not settings.allow_insecure,
-    )
+    return tls.Client(names=names, ca=ca, cert=cert, key=key, unverified="AllowInsecure")
 
 
 _DOCKERS_FILES = ("ca", "cert", "key")
 
+_WANTS_TLS = "Client sent an HTTP request to an HTTPS server"
+
+
+def _for_library(client: tls.Client | None, *, verify: bool) -> TLSConfig | bool:
+    if client is None:
+        return False
+    return TLSConfig(
+        client_cert=(client.cert, client.key) if client.cert else None,
+        ca_cert=client.ca or None,
+        verify=verify,
+    )
+
 
 @contextmanager
-def _mapped(url: str) -> Iterator[None]:
+def _mapped(url: str, client: tls.Client | None = None) -> Iterator[None]:
     """Turn whatever the library and what lies below it raises into our errors."""
     try:
         yield
@@ -490,18 +544,20 @@ def _mapped(url: str) -> Iterator[None]:
     except requests.Timeout as error:
         raise DockerUnavailable(f"the engine at {url} did not answer in time") from error
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-        raise DockerUnavailable(_unreachable(url, error)) from error
+        raise DockerUnavailable(_unreachable(url, error, client)) from error
     except DockerException as error:
         cause = _os_error(error)
         if cause is not None or isinstance(error.__context__, requests.RequestException):
-            raise DockerUnavailable(_unreachable(url, error)) from error
+            raise DockerUnavailable(_unreachable(url, error, client)) from error
         raise DiscoveryError(f"the engine at {url} cannot be used: {error}") from error
     except ValueError as error:
         raise DockerUnavailable(f"the engine at {url} sent something odd: {error}") from error
 
 
-def _unreachable(url: str, error: BaseException) -> str:
+def _unreachable(url: str, error: BaseException, client: tls.Client | None) -> str:
     """One sentence; for the usual cases with the cure."""
+    if client is not None and (why := tls.reason(error, client)):
+        return f"the engine at {url} cannot be reached: {why}"
     cause = _os_error(error)
     match cause:
         case FileNotFoundError():

@@ -194,8 +194,7 @@ class EngineSource:
         Raises:
             DiscoveryError: the engine failed.
         """
-        with closing(self._connect()) as engine:
-            self._learn(engine)
+        with closing(self._connect(self._learn)) as engine:
             self._merge(self._list(engine, {}, frozenset()), self._tick)
         return self._snapshot(time.monotonic())
 
@@ -203,7 +202,7 @@ class EngineSource:
         """Follow the engine until `stop` is set."""
         while not stop.is_set():
             try:
-                with closing(self._connect()) as engine:
+                with closing(self._connect(self._learn)) as engine:
                     self._follow(engine, publish, stop)
             except DiscoveryError as error:
                 self._report.failed(error)
@@ -215,7 +214,6 @@ class EngineSource:
 
     def _follow(self, engine: Engine, publish: Publish, stop: threading.Event) -> None:
         """Follow one connection until it fails, or until its events have been silent for long."""
-        self._learn(engine)
         self._report.engine(version=engine.version, api=engine.api_version)
         news: _News = queue.SimpleQueue()
         self._wanted, self._list_due = set(), 0.0
@@ -319,7 +317,11 @@ class EngineSource:
         news.put(answer)
 
     def _learn(self, engine: Engine) -> None:
-        """Learn what all containers of a connection have in common."""
+        """Learn what all containers of a connection have in common.
+
+        Raises:
+            DiscoveryError: the engine is not what is looked for.
+        """
         info = read(engine, "/info")
         self._node = str(info.get("Name", ""))
         swarm_address = str((info.get("Swarm") or {}).get("NodeAddr", ""))
@@ -620,9 +622,12 @@ def address_of(host: str) -> str:
     except ValueError:
         pass
     try:
-        return socket.gethostbyname(host)
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:
         return ""
+    # Of a name that has both, the one that published ports are rather to be had at.
+    found.sort(key=lambda entry: entry[0] != socket.AF_INET)
+    return str(found[0][4][0])
 
 
 def _collect(events: EventStream, news: _News) -> None:

@@ -18,7 +18,7 @@ from agent.discovery.base import (
 )
 from agent.discovery.classic import ClassicSource
 from agent.discovery.classic_nodes import is_classic
-from agent.discovery.docker_api import Connect, Connector, read
+from agent.discovery.docker_api import Connect, Connector, Engine, read
 from agent.discovery.engine import EngineSource
 from agent.discovery.static import StaticSource
 from agent.discovery.swarm import SwarmSource, require_manager
@@ -130,16 +130,23 @@ class AutoSource:
 
     def _resolve(self) -> Source:
         if self._resolved is None:
-            with closing(self._connect()) as engine:
-                info = read(engine, "/info")
-                node = info.get("Swarm") or {}
-                if is_classic(info):
-                    resolved: Source = _classic(self._observer, self._connect, self._settings)
-                elif node.get("LocalNodeState", "inactive") == "inactive":
-                    resolved = _engine(self._observer, self._connect, self._settings)
-                else:
-                    require_manager(engine)
-                    resolved = _swarm(self._settings, self._observer, self._connect)
-            _log.info("sources: auto is %s", resolved.name)
-            self._resolved = resolved
+            made: list[Source] = []
+            with closing(self._connect(lambda engine: made.append(self._source(engine)))):
+                self._resolved = made[-1]
+            _log.info("sources: auto is %s", self._resolved.name)
         return self._resolved
+
+    def _source(self, engine: Engine) -> Source:
+        """What an engine is read by.
+
+        Raises:
+            DiscoveryError: by none, since it is a worker.
+        """
+        info = read(engine, "/info")
+        node = info.get("Swarm") or {}
+        if is_classic(info):
+            return _classic(self._observer, self._connect, self._settings)
+        if node.get("LocalNodeState", "inactive") == "inactive":
+            return _engine(self._observer, self._connect, self._settings)
+        require_manager(engine)
+        return _swarm(self._settings, self._observer, self._connect)

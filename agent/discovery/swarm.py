@@ -118,8 +118,7 @@ class SwarmSource:
         Raises:
             DiscoveryError: the engine failed, or is no manager.
         """
-        with closing(self._connect()) as engine:
-            require_manager(engine)
+        with closing(self._connect(require_manager)) as engine:
             cluster = self._new_cluster()
             cluster.load(list_all(engine))
         snapshot = cluster.snapshot(changed_at=time.monotonic())
@@ -130,7 +129,7 @@ class SwarmSource:
         """Follow the Swarm until `stop` is set."""
         while not stop.is_set():
             try:
-                with closing(self._connect()) as engine:
+                with closing(self._connect(self._fit)) as engine:
                     self._follow(engine, publish, stop)
             except DiscoveryError as error:
                 self._report.failed(error)
@@ -153,7 +152,6 @@ class SwarmSource:
 
     def _follow(self, engine: Engine, publish: Publish, stop: threading.Event) -> None:
         """Watch or poll over one connection until it fails."""
-        self._check_cluster(require_manager(engine))
         self._report.engine(version=engine.version, api=engine.api_version)
         if self._lost:
             self._doubt_until = self._clock() + PATIENCE
@@ -163,6 +161,10 @@ class SwarmSource:
             if watch is not None:
                 with closing(watch):
                     self._follow_watch(engine, watch, publish, stop)
+
+    def _fit(self, engine: Engine) -> None:
+        """A manager; whichever of a cluster's it is."""
+        self._check_cluster(require_manager(engine))
 
     def _check_cluster(self, cluster_id: str) -> None:
         """Versions of another cluster mean nothing here."""

@@ -23,6 +23,7 @@ from tests.certificates import authority, certificate
 from tests.conftest import require
 from tests.dataplane.harness import (
     ROOT,
+    Answer,
     Backend,
     Load,
     Proxy,
@@ -33,6 +34,8 @@ from tests.dataplane.harness import (
     request,
     wait_until,
 )
+from tests.dataplane.tls import Front
+from tests.dataplane.tls import server as tls_server
 
 pytestmark = pytest.mark.dataplane
 
@@ -604,3 +607,58 @@ def test_a_label_s_tcp_port_is_served_where_the_build_can_and_told_of_where_it_c
         assert reasons == {f"TCP port {port}": "stream_unavailable"}
         told = agent.command("explain", "tcp", "-c", str(agent.config))
         assert "stream_unavailable" in told.stdout, told.stdout
+
+
+def test_labels_put_certificates_on_both_legs_and_each_side_shows_its_own(proxy, start, tmp_path):
+    """A client that has to show one, and a peer that wants to see one of ours."""
+    agent = start()
+    certs = agent.directory / "certs"
+    certs.mkdir()
+    for ca in ("ca", "clients", "backends"):
+        authority(certs, ca)
+    certificate(certs, "vault", ca="ca", names="DNS:vault.test")
+    certificate(certs, "alice", ca="clients", names="DNS:alice")
+    certificate(certs, "mallory", ca="ca", names="DNS:mallory")
+    certificate(certs, "inside", ca="backends", names="DNS:inside.internal")
+    certificate(certs, "proxy", ca="backends", names="DNS:proxy")
+    labels = {
+        "interlock.ssl_cert": "vault.pem",
+        "interlock.ssl_cert_key": "vault.key",
+        "interlock.ssl_verify_client": "required",
+        "interlock.ssl_client_ca": "clients.pem",
+        "interlock.ssl_backend": "true",
+        "interlock.ssl_backend_tls_verify": "required",
+        "interlock.ssl_backend_ca": "backends.pem",
+        "interlock.ssl_backend_name": "inside.internal",
+    }
+    shown = {
+        "interlock.ssl_backend_cert": "proxy.pem",
+        "interlock.ssl_backend_cert_key": "proxy.key",
+    }
+    wanted = tls_server({"inside.internal": certs / "inside.pem"}, clients=certs / "backends.pem")
+    front = Front(proxy)
+    front.tls_port = proxy.tls_port
+
+    def get(show: str = "") -> Answer:
+        return front.get("vault.test", show=certs / f"{show}.pem" if show else None).answer
+
+    with Backend("b0", tls=wanted) as inside:
+        agent.write(service("vault.test", inside, labels=labels))
+        agent.start()
+        agent.wait_in_sync()
+        assert get("alice").status == 502, "the peer answers nobody who shows none"
+        agent.write(service("vault.test", inside, labels=labels | shown))
+        wait_until(lambda: get("alice").text == "b0", what="ours is shown")
+        told = inside.requests[-1].headers
+        assert told["x-ssl-client-verify"] == "SUCCESS"
+        assert told["x-ssl-client-subject-dn"] == "CN=alice"
+        assert inside.requests[-1].tls.asked == "inside.internal"
+        for stranger in ("", "mallory"):
+            assert get(stranger).status == 400
+        # Plain HTTP is no way round it.
+        plain = request(proxy.http_port, "/path", host="vault.test")
+        assert (plain.status, plain.headers["location"]) == (
+            308,
+            f"https://vault.test:{proxy.tls_port}/path",
+        )
+        assert agent.state()["rejections"] == []

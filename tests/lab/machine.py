@@ -145,8 +145,8 @@ def start_machine(root: Path, number: int, network: str) -> int:
     return init
 
 
-def start_dockerd(root: Path, init: int, number: int, cgroup: str) -> None:
-    """Start the node's dockerd; the caller waits until it answers."""
+def start_dockerd(root: Path, init: int, number: int, cgroup: str, *options: str) -> None:
+    """Start the node's dockerd, with further options; the caller waits until it answers."""
     (root / "run" / "docker.pid").unlink(missing_ok=True)
     command = [
         "dockerd",
@@ -159,6 +159,7 @@ def start_dockerd(root: Path, init: int, number: int, cgroup: str) -> None:
         f"--default-address-pool=base={LOCAL_POOL},size=24",
         f"--dns={node_address(number)}",  # nameserver.py
         "--log-level=info",
+        *options,
     ]
     with (root / "dockerd.log").open("ab") as log:
         subprocess.run(

@@ -10,9 +10,11 @@ from __future__ import annotations
 import base64
 import json
 import shutil
+import ssl
 import subprocess
 import threading
 import time
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,20 @@ from tests.conftest import free_port, require
 
 KEY = "interlock/v1/config"
 ZOOKEEPER_JAR = Path("/usr/share/java/zookeeper.jar")
+# What it needs to speak TLS, and what Debian's jar does not name itself.
+_NETTY = [
+    ZOOKEEPER_JAR.with_name(f"netty-{part}.jar")
+    for part in ("codec", "resolver", "transport-native-unix-common")
+]
+
+
+@dataclass(frozen=True)
+class Tls:
+    """What a store shows, and whom it believes: it wants to see a client's certificate."""
+
+    cert: str
+    key: str
+    ca: str
 
 
 class Process:
@@ -64,12 +80,12 @@ class Process:
 class Etcd(Process):
     """etcd of Debian."""
 
-    def __init__(self, home: Path, *, v2: bool = False, tls: dict[str, str] | None = None) -> None:
+    def __init__(self, home: Path, *, v2: bool = False, tls: Tls | None = None) -> None:
         require(shutil.which("etcd"), "etcd (Debian: etcd-server)")
         super().__init__(home)
         self.peer_port = free_port()
         self.v2 = v2
-        self.tls = tls or {}
+        self.tls = tls
         self.scheme = "https" if tls else "http"
         self.base = f"{self.scheme}://127.0.0.1:{self.port}"
         self.url = f"etcd://127.0.0.1:{self.port}"
@@ -88,8 +104,18 @@ class Etcd(Process):
             "--unsafe-no-fsync",
             "--logger", "zap",
             *(["--enable-v2"] if self.v2 else []),
-            *[f"{option}={value}" for option, value in self.tls.items()],
+            *self._tls_options(),
         ]  # fmt: skip
+
+    def _tls_options(self) -> list[str]:
+        if self.tls is None:
+            return []
+        return [
+            f"--cert-file={self.tls.cert}",
+            f"--key-file={self.tls.key}",
+            f"--trusted-ca-file={self.tls.ca}",
+            "--client-cert-auth=true",
+        ]
 
     def answers(self) -> bool:
         try:
@@ -103,8 +129,8 @@ class Etcd(Process):
             json=body,
             headers=self.headers,
             timeout=10,
-            verify=self.tls.get("--trusted-ca-file", True),
-            cert=(self.tls["--cert-file"], self.tls["--key-file"]) if self.tls else None,
+            verify=self.tls.ca if self.tls else True,
+            cert=(self.tls.cert, self.tls.key) if self.tls else None,
         )
 
     def put(self, text: str, key: str = KEY) -> None:
@@ -121,25 +147,47 @@ class Etcd(Process):
 class ZooKeeper(Process):
     """ZooKeeper of Debian, a single server."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, *, tls: Tls | None = None) -> None:
         require(ZOOKEEPER_JAR.exists(), "ZooKeeper (Debian: zookeeper)")
         require(shutil.which("java"), "a Java runtime")
         super().__init__(home)
+        self.tls = tls
         self.url = f"zk://127.0.0.1:{self.port}"
 
     def command(self) -> list[str]:
         (self.home / "zoo.cfg").write_text(
-            f"tickTime=500\ndataDir={self.home}/data\nclientPort={self.port}\n"
-            "clientPortAddress=127.0.0.1\nadmin.enableServer=false\n"
+            f"tickTime=500\ndataDir={self.home}/data\nadmin.enableServer=false\n"
+            + (
+                self._secure()
+                if self.tls
+                else f"clientPort={self.port}\nclientPortAddress=127.0.0.1\n"
+            )
         )
+        path = ":".join(str(jar) for jar in (self.home, ZOOKEEPER_JAR, *_NETTY))
         return [
-            "java", "-Xmx128m", "-cp", f"{self.home}:{ZOOKEEPER_JAR}",
+            "java", "-Xmx128m", "-cp", path,
             "-Dzookeeper.jmx.log4j.disable=true", "-Dzookeeper.forceSync=no",
             "org.apache.zookeeper.server.quorum.QuorumPeerMain", "zoo.cfg",
         ]  # fmt: skip
 
+    def _secure(self) -> str:
+        assert self.tls is not None
+        store = self.home / "server.pem"
+        store.write_text(Path(self.tls.key).read_text() + Path(self.tls.cert).read_text())
+        return (
+            f"secureClientPort={self.port}\nsecureClientPortAddress=127.0.0.1\n"
+            "serverCnxnFactory=org.apache.zookeeper.server.NettyServerCnxnFactory\n"
+            f"ssl.keyStore.location={store}\nssl.keyStore.type=PEM\n"
+            f"ssl.trustStore.location={self.tls.ca}\nssl.trustStore.type=PEM\n"
+            "ssl.clientAuth=need\n"
+        )
+
     def client(self) -> KazooClient:
-        client = KazooClient(hosts=f"127.0.0.1:{self.port}")
+        files = {}
+        if self.tls is not None:
+            tls = self.tls
+            files = {"use_ssl": True, "ca": tls.ca, "certfile": tls.cert, "keyfile": tls.key}
+        client = KazooClient(hosts=f"127.0.0.1:{self.port}", **files)
         client.start(timeout=1)
         return client
 
@@ -169,7 +217,10 @@ class ZooKeeper(Process):
 class Consul:
     """What Consul's documentation says of `GET /v1/kv/:key` and of blocking queries."""
 
-    def __init__(self, home: Path | None = None, *, token: str = "") -> None:
+    def __init__(
+        self, home: Path | None = None, *, token: str = "", tls: Tls | None = None
+    ) -> None:
+        self.tls = tls
         self.port = free_port()
         self.url = f"consul://127.0.0.1:{self.port}"
         self.token = token
@@ -184,6 +235,14 @@ class Consul:
         self._server = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
         self._server.daemon_threads = True
         self._server.block_on_close = False
+        if self.tls is not None:
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=self.tls.ca)
+            context.load_cert_chain(self.tls.cert, self.tls.key)
+            context.verify_mode = ssl.CERT_REQUIRED
+            self._server.handle_error = lambda *_: None
+            self._server.socket = context.wrap_socket(
+                self._server.socket, server_side=True, do_handshake_on_connect=False
+            )
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def stop(self) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +13,7 @@ import pytest
 from agent.config.kv import open_store
 from agent.config.stores import Content, Discovery, Store
 from agent.errors import SettingsError, StoreUnavailable
-from tests.conftest import free_port, require
+from tests.conftest import free_port
 from tests.stores.servers import Consul, Etcd, ZooKeeper, encoded
 
 KINDS = {"etcd": Etcd, "zk": ZooKeeper, "consul": Consul}
@@ -156,50 +154,6 @@ def test_user_and_password_are_etcds_and_a_token_that_ran_out_is_renewed(etcd):
     for account in ("", "root:wrong@"):
         with pytest.raises(StoreUnavailable, match="refuses"):
             open_store(Discovery(f"etcd://{account}{address}")).read()
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: Any) -> dict[str, str]:
-    require(shutil.which("openssl"), "openssl")
-    home = tmp_path_factory.mktemp("tls")
-
-    def openssl(*arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], cwd=home, check=True, capture_output=True)
-
-    openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-            "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=ca", "-days", "2")  # fmt: skip
-    openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-            "-keyout", "key.pem", "-out", "csr", "-subj", "/CN=127.0.0.1")  # fmt: skip
-    (home / "ext").write_text("subjectAltName=IP:127.0.0.1")
-    openssl("x509", "-req", "-in", "csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial",
-            "-out", "cert.pem", "-days", "2", "-extfile", "ext")  # fmt: skip
-    return {name: str(home / f"{name}.pem") for name in ("ca", "cert", "key")}
-
-
-def test_etcd_over_tls_with_a_client_certificate(tmp_path, certificates):
-    server = Etcd(
-        tmp_path,
-        tls={
-            "--cert-file": certificates["cert"],
-            "--key-file": certificates["key"],
-            "--trusted-ca-file": certificates["ca"],
-            "--client-cert-auth": "true",
-        },
-    )
-    server.start()
-    try:
-        server.put("over TLS")
-        ca, cert, key = (certificates[name] for name in ("ca", "cert", "key"))
-        store = open_store(Discovery(server.url, ca, cert, key))
-        content = store.read()
-        assert content.text == "over TLS"
-        assert heard(store, content, lambda: server.put("again")) < 5
-        with pytest.raises(StoreUnavailable):
-            open_store(Discovery(server.url, ca)).read()
-        with pytest.raises(StoreUnavailable, match="TLS fails"):
-            open_store(Discovery(server.url, "", cert, key)).read()
-    finally:
-        server.stop()
 
 
 # Consul and ZooKeeper

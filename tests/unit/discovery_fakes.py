@@ -19,7 +19,7 @@ from typing import Any
 
 from agent.discovery.base import Mode, Source
 from agent.discovery.cluster import Change, Service, Task, TaskState
-from agent.discovery.docker_api import CALLS, Filters, elements
+from agent.discovery.docker_api import CALLS, Filters, Fit, elements, whatever
 from agent.discovery.swarm_watch import Transaction
 from agent.errors import DiscoveryError, DockerRefused
 from agent.model import EMPTY, Instance, SourceSnapshot, Workload
@@ -82,10 +82,11 @@ class FakeEngine:
         self.deaf: DiscoveryError | None = None
         self.attached: list[tuple[str, str]] = []
 
-    def connect(self) -> FakeEngine:
+    def connect(self, fit: Fit = whatever) -> FakeEngine:
         if self.down:
             raise self.down
         self.connections += 1
+        fit(self)
         return self
 
     def get(

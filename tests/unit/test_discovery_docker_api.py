@@ -7,6 +7,7 @@ import re
 import socket
 import socketserver
 import ssl
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ import pytest
 from agent.config.settings import Settings
 from agent.discovery import build_sources, docker_api
 from agent.discovery.docker_api import CALLS, Connector, DockerEngine, addresses, elements, read
+from agent.discovery.engine import address_of
+from agent.discovery.swarm import require_manager
 from agent.errors import DiscoveryError, DockerRefused, DockerUnavailable
 from tests.unit.discovery_fakes import following, recorded, swarm_engine
 from tests.unit.test_driver_tls import authority, certificate
@@ -318,6 +321,7 @@ class TestAddresses:
         monkeypatch.setenv("DOCKER_HOST", "tcp://a:1,tcp://b:1")
         assert addresses(Settings()) == ("tcp://a:1", "tcp://b:1")
         assert addresses(Settings(docker_url="tcp://c:1, tcp://d:1,")) == ("tcp://c:1", "tcp://d:1")
+        assert addresses(Settings(docker_url="e:1,/f.sock")) == ("tcp://e:1", "/f.sock")
 
     def test_the_next_is_tried_when_one_fails_and_then_kept(
         self, dockerd: Dockerd, tmp_path: Path
@@ -335,9 +339,54 @@ class TestAddresses:
         finally:
             other.stop()
 
+    def test_one_that_is_not_fit_gives_way_to_the_next(
+        self, dockerd: Dockerd, tmp_path: Path
+    ) -> None:
+        """A manager that was demoted goes on answering, as a worker."""
+        (tmp_path / "other").mkdir()
+        other = Dockerd(tmp_path / "other" / "docker.sock")
+        try:
+            urls = f"unix://{dockerd.path},unix://{other.path}"
+            states = {dockerd: False, other: True}
+            for engine, manager in states.items():
+                swarm = {"LocalNodeState": "active", "ControlAvailable": manager}
+                engine.answers["/info"] = say({"Swarm": swarm})
+            connect = Connector(Settings(docker_url=urls))
+            assert connect(require_manager).url == f"unix://{other.path}"
+            assert connect().url == f"unix://{other.path}", "and that is kept"
+            other.answers["/info"] = dockerd.answers["/info"]
+            with pytest.raises(DockerUnavailable, match=r"a worker of its swarm.*; .*a worker"):
+                connect(require_manager)
+            alone = Connector(Settings(docker_url=f"unix://{dockerd.path}"))
+            with pytest.raises(DiscoveryError, match="run the agent on a manager"):
+                alone(require_manager)
+        finally:
+            other.stop()
+
     def test_where_none_answers_all_are_told(self, tmp_path: Path) -> None:
         with pytest.raises(DockerUnavailable, match=r"unix:///a cannot.*; .*unix:///b cannot"):
             Connector(Settings(docker_url="unix:///a,unix:///b"))()
+
+
+@pytest.mark.parametrize(
+    ("known", "address"),
+    [
+        (["2001:db8::1", "192.0.2.1"], "192.0.2.1"),
+        (["2001:db8::1"], "2001:db8::1"),
+        ([], ""),
+    ],
+)
+def test_an_engine_s_name_is_looked_up_in_both_families(
+    monkeypatch: pytest.MonkeyPatch, known: list[str], address: str
+) -> None:
+    def look_up(*_: object, **__: object) -> list[Any]:
+        if not known:
+            raise socket.gaierror(-2, "Name or service not known")
+        family = {True: socket.AF_INET6, False: socket.AF_INET}
+        return [(family[":" in one], socket.SOCK_STREAM, 6, "", (one, 0)) for one in known]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    assert address_of("engine.example") == address
 
 
 @pytest.fixture(name="files", scope="module")
@@ -347,6 +396,7 @@ def _files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     authority(directory, "other")
     certificate(directory, "server", ca="ca", names="IP:127.0.0.1")
     certificate(directory, "cert", ca="ca", names="DNS:agent")
+    certificate(directory, "late", ca="ca", names="DNS:agent", days=-1)
     (directory / "key.pem").write_bytes((directory / "cert.key").read_bytes())
     return directory
 
@@ -390,11 +440,11 @@ class TestTls:
         good = self.settings(files, url, tls_ca_cert=f"{files}/ca.pem")
         assert DockerEngine(good).version == "29.0.1"
         wrong = self.settings(files, url, tls_ca_cert=f"{files}/other.pem")
-        with pytest.raises(DockerUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
+        with pytest.raises(DockerUnavailable, match=r"not of TLSCACert \S*other.pem"):
             DockerEngine(wrong)
 
-    def test_without_a_ca_the_systems_count(self, files: Path, url: str) -> None:
-        with pytest.raises(DockerUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
+    def test_without_a_ca_public_ones_count(self, files: Path, url: str) -> None:
+        with pytest.raises(DockerUnavailable, match=r"not of a public CA .*; name the CA"):
             DockerEngine(self.settings(files, url))
 
     @pytest.mark.filterwarnings("ignore::urllib3.exceptions.InsecureRequestWarning")
@@ -413,7 +463,7 @@ class TestTls:
         ca = (files / "ca.pem").read_bytes()
         try:
             (files / "ca.pem").write_bytes((files / "other.pem").read_bytes())
-            with pytest.raises(DockerUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
+            with pytest.raises(DockerUnavailable, match=r"not of ca\.pem of DOCKER_CERT_PATH"):
                 DockerEngine(Settings())
         finally:
             (files / "ca.pem").write_bytes(ca)
@@ -424,6 +474,52 @@ class TestTls:
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", f"{files}/other.pem")
         good = self.settings(files, url, tls_ca_cert=f"{files}/ca.pem")
         assert DockerEngine(good).version == "29.0.1"
+
+    def test_an_engine_that_speaks_no_tls_is_told(
+        self, files: Path, free_port: Callable[[], int]
+    ) -> None:
+        class Plain(BaseHTTPRequestHandler):
+            def log_message(self, *arguments: Any) -> None:
+                return
+
+        with ThreadingHTTPServer(("127.0.0.1", 0), Plain) as server:
+            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+            url = f"tcp://127.0.0.1:{server.server_address[1]}"
+            with pytest.raises(DockerUnavailable, match="it speaks no TLS there; name the port"):
+                DockerEngine(self.settings(files, url, tls_ca_cert=f"{files}/ca.pem"))
+            server.shutdown()
+
+    @pytest.mark.parametrize(
+        ("shown", "says"),
+        [
+            ({}, r"closes the connection without a word; .*cert.pem is not of a CA"),
+            (
+                {"tls_cert": "{files}/late.pem", "tls_key": "{files}/late.key"},
+                "late.pem has expired",
+            ),
+            ({"tls_cert": "", "tls_key": ""}, "if it wants to see a certificate, set TLSCert"),
+        ],
+    )
+    def test_one_that_closes_without_a_word_has_its_reason_in_our_certificate(
+        self, files: Path, shown: dict[str, str], says: str
+    ) -> None:
+        """What it said of the certificate may be lost with the connection."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(files / "server.pem", files / "server.key")
+
+        def close(server: socket.socket) -> None:
+            plain, _ = server.accept()
+            with context.wrap_socket(plain, server_side=True) as tls:
+                tls.recv(65536)
+                tls.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            threading.Thread(target=close, args=(server,), daemon=True).start()
+            url = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+            given = {key: value.format(files=files) for key, value in shown.items()}
+            settings = self.settings(files, url, tls_ca_cert=f"{files}/ca.pem", **given)
+            with pytest.raises(DockerUnavailable, match=says):
+                DockerEngine(settings)
 
     def test_allow_insecure_alone_asks_for_no_tls(self, files: Path, url: str) -> None:
         plain = Settings(docker_url=url, allow_insecure=True, request_timeout=5.0)

@@ -322,7 +322,7 @@ def test_fix_the_engine_is_verified_though_the_environment_does_not_say_so(
         believed = Settings(docker_url=url, tls_ca_cert=f"{tmp_path}/ca.pem", request_timeout=5.0)
         assert DockerEngine(believed).version == "29.0.1"
         other = Settings(docker_url=url, tls_ca_cert=f"{tmp_path}/other.pem", request_timeout=5.0)
-        with pytest.raises(DockerUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
+        with pytest.raises(DockerUnavailable, match="certificate is not of TLSCACert"):
             DockerEngine(other)
 
 
