@@ -14,7 +14,7 @@ export PYTHON
 .PHONY: help demo test test-fast lint bench soak certificates clean deps-demo deps-test deps-bench
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: deps-demo .venv/installed ## the pair on loopback under load; ONCE=1 ends by itself
 	@$(BIN)/python -m demo $(if $(ONCE),--once)

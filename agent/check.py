@@ -34,7 +34,6 @@ from agent.errors import (
     WatchCompacted,
     WatchUnavailable,
 )
-from agent.http import parse_listen
 from agent.metrics import version
 from agent.model import Rejection, Site, Snapshot, SourceSnapshot
 
@@ -137,10 +136,6 @@ def _settings(loaded: Loaded, *, strict: bool) -> Iterator[Finding]:
             f"{loaded.where} beats {place}, which is not read",
             "A key-value store comes before the environment, and that before a file: give one.",
         )
-    try:
-        parse_listen(loaded.settings.listen_addr)
-    except SettingsError as error:
-        yield Finding(Level.FAILED, "settings", str(error), 'Set ListenAddr = ":8080".')
 
 
 def _token(settings: Settings) -> Iterator[Finding]:
@@ -149,7 +144,10 @@ def _token(settings: Settings) -> Iterator[Finding]:
         token = Token(token=driver.token, file=driver.token_file).read()
     except InstanceUnauthorized as error:
         yield Finding(
-            Level.FAILED, "token", str(error), "Mount the secret there, readable by this user."
+            Level.FAILED,
+            "token",
+            str(error),
+            "Put the token there, or mount the secret, so that this user may read it.",
         )
         return
     if token:
@@ -315,7 +313,7 @@ def _sources(settings: Settings, snapshots: list[SourceSnapshot]) -> Iterator[Fi
                 Level.FAILED,
                 f"source {source.name}",
                 str(error),
-                "What it published before serves on; see docs/operations.md.",
+                "Mend what it names. What an agent that runs has published before serves on.",
             )
             continue
         snapshots.append(snapshot)

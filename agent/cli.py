@@ -7,12 +7,16 @@ never a traceback.
 
 from __future__ import annotations
 
+import errno
 import functools
+import io
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +32,7 @@ from agent.errors import (
     RenderError,
     SettingsError,
     StoreUnavailable,
+    innermost,
 )
 
 if TYPE_CHECKING:
@@ -44,6 +49,8 @@ USAGE = 2
 """The command line or the settings cannot be used."""
 UNREACHABLE = 3
 """Something that had to be asked did not answer."""
+INTERRUPTED = 130
+"""Ctrl-C, as shells tell it. `run` ends well by it."""
 
 STATUS_TIMEOUT = 10.0
 """Seconds within which the agent answers where nothing else can."""
@@ -56,7 +63,27 @@ STOP_LIMIT = 8.0
 log = logging.getLogger("agent")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """The commands, and what holds for each of them."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command; Ctrl-C ends it with a code that no answer has."""
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # A name that the terminal's encoding lacks is no reason to fail.
+            sys.stdout.reconfigure(errors="backslashreplace")
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("tidegate: interrupted", err=True)
+            sys.exit(INTERRUPTED)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # who reads the answer has enough of it; click knows
+            click.echo(f"tidegate: the answer cannot be written: {error}", err=True)
+            sys.exit(UNREACHABLE)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("-D", "--debug", is_flag=True, help="Log everything.")
 @click.option(
     "-v",
@@ -244,7 +271,6 @@ def _set_up_logging(level: str, *, debug: bool) -> None:
     # A line per request of theirs says nothing that ours do not.
     for noisy in ("urllib3", "docker"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    logging.getLogger("kazoo").setLevel(logging.CRITICAL)
 
 
 @main.command()
@@ -284,10 +310,11 @@ def check(*, config: _Given, as_json: bool, url: str | None, strict: bool) -> No
                     }
                 )
                 continue
-            mark = click.style(f"{finding.level.value:<8}", fg=colours[finding.level.value])
-            click.echo(f"{mark} {finding.subject}: {finding.text}")
+            level = finding.level.value
+            line = _wrapped(f"{level:<8} {finding.subject}: {finding.text}", indent=9)
+            click.echo(click.style(level, fg=colours[level]) + line[len(level) :])
             if finding.cure and finding.level is not checks.Level.OK:
-                click.echo(f"         {finding.cure}")
+                click.echo(_wrapped(f"         {finding.cure}", indent=9))
         if as_json:
             click.echo(json.dumps({"failed": failed, "findings": found}, indent=1))
         sys.exit(NEGATIVE if failed else OK)
@@ -300,12 +327,35 @@ def check(*, config: _Given, as_json: bool, url: str | None, strict: bool) -> No
 def status(*, config: _Given, as_json: bool, url: str | None) -> None:
     """Ask the running agent how things stand."""
     with _told():
-        state = _ask_or_exit(url or _default_url(_settings(config)))
-        if as_json:
+        url = url or _default_url(_settings(config))
+        try:
+            state = _ask(url, STATUS_TIMEOUT)
+            shown = None if as_json else _state_as_text(state)
+        except _NoAnswerError as error:
+            click.echo(
+                f"tidegate: no agent answers at {_state_page(url)}: {error}; "
+                "is it running (`tidegate run`), and is --url right?",
+                err=True,
+            )
+            sys.exit(UNREACHABLE)
+        if shown is None:
             click.echo(json.dumps(state, indent=1, ensure_ascii=False))
         else:
-            _show_state(state)
-        sys.exit(OK if state.get("ready") else NEGATIVE)
+            click.echo(shown, nl=False)
+        sys.exit(OK if state["ready"] else NEGATIVE)
+
+
+def _wrapped(text: str, *, indent: int) -> str:
+    """A line that fits the terminal, by words; whole where it is no terminal that reads it."""
+    if not sys.stdout.isatty():
+        return text
+    return textwrap.fill(
+        text,
+        shutil.get_terminal_size().columns,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _settings(config: _Given) -> Settings:
@@ -323,7 +373,10 @@ def _default_url(settings: Settings) -> str:
 
 
 class _NoAnswerError(Exception):
-    """No agent answers there; the text says why in a word."""
+    """No agent answers there; the text says why in a few words."""
+
+
+_NO_AGENT = "what answers is no agent of this version"
 
 
 def _state_page(url: str) -> str:
@@ -339,22 +392,20 @@ def _ask(url: str, timeout: float) -> dict[str, Any]:
             session.trust_env = False
             answer = session.get(_state_page(url), timeout=timeout)
             answer.raise_for_status()
-            state: dict[str, Any] = answer.json()
+            state = answer.json()
+    except requests.Timeout as error:
+        raise _NoAnswerError(f"no answer within {timeout:g} s") from error
+    except requests.ConnectionError as error:
+        raise _NoAnswerError(innermost(error)) from error
+    except (requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema) as error:
+        raise _NoAnswerError("that is no http:// URL") from error
+    except requests.JSONDecodeError as error:
+        raise _NoAnswerError(_NO_AGENT) from error
     except (requests.RequestException, ValueError) as error:
-        raise _NoAnswerError(error.__class__.__name__) from error
+        raise _NoAnswerError(str(error)) from error
+    if not isinstance(state, dict) or "ready" not in state:
+        raise _NoAnswerError(_NO_AGENT)
     return state
-
-
-def _ask_or_exit(url: str) -> dict[str, Any]:
-    try:
-        return _ask(url, STATUS_TIMEOUT)
-    except _NoAnswerError as error:
-        click.echo(
-            f"tidegate: no agent answers at {_state_page(url)}: {error}; "
-            "is it running (`tidegate run`), and is --url right?",
-            err=True,
-        )
-        sys.exit(UNREACHABLE)
 
 
 def _running(settings: Settings, url: str | None) -> Running:
@@ -368,19 +419,32 @@ def _running(settings: Settings, url: str | None) -> Running:
     except (_NoAnswerError, SettingsError) as error:
         why = str(error)
     except ValueError:
-        why = "what answers is no agent of this version"
+        why = _NO_AGENT
     return Running(
         unasked=f"the running agent could not be asked at {place}: {why}, so what OpenResty "
         "refused and what lingers is not known"
     )
 
 
-def _show_state(state: dict[str, Any]) -> None:
+def _state_as_text(state: dict[str, Any]) -> str:
+    """The state for people, as wide as the terminal. Raises _NoAnswerError: it is none."""
     from rich.console import Console
 
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=200)  # nobody reads a pipe in 80 columns
+    with console.capture() as capture:
+        try:
+            _show_state(console, state)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise _NoAnswerError(_NO_AGENT) from error
+    return capture.get()
+
+
+def _show_state(console: Any, state: dict[str, Any]) -> None:
+    from rich.padding import Padding
+    from rich.text import Text
+
     ready = "ready" if state["ready"] else "not ready: " + "; ".join(state["reasons"])
     console.print(
         f"tidegate {state['version']}, settings from {state['settings_from']}", markup=False
@@ -428,12 +492,11 @@ def _show_state(state: dict[str, Any]) -> None:
             for u in state["upstreams"]
         ],
     )
-    _table(
-        console,
-        "Rejections",
-        ("subject", "reason", "what is wrong", "cure"),
-        [(r["subject"], r["reason"], r["message"], r["hint"]) for r in state["rejections"]],
-    )
+    console.print("\nRejections" if state["rejections"] else "\nRejections: none", markup=False)
+    for r in state["rejections"]:
+        # No table: its columns would be too narrow for sentences.
+        console.print(f"{r['subject']}: {r['message']} ({r['reason']})", markup=False)
+        console.print(Padding(Text(r["hint"]), (0, 0, 0, 4), expand=False))
 
 
 def _table(console: Any, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -516,7 +579,7 @@ def plan(*, config: _Given, as_json: bool, url: str | None) -> None:
 
 def _show_notes(running: Running) -> None:
     for note in running.notes:
-        click.echo(f"note: {note}")
+        click.echo(_wrapped(f"note: {note}", indent=6))
 
 
 def _show_plan(
@@ -531,7 +594,7 @@ def _show_plan(
     for item in plans:
         click.echo(f"\nOpenResty {item.name} at {item.url}")
         if item.error:
-            click.echo(f"  cannot be asked: {item.error}")
+            click.echo(_wrapped(f"  cannot be asked: {item.error}", indent=4))
             continue
         for name in item.lingering:
             click.echo(f"  {name} lingers: nobody asks for it, it goes after HostLinger")
@@ -558,8 +621,9 @@ def _show_plan(
         else:
             click.echo("  site: unchanged, no reload")
     for rejection in rejections:
-        click.echo(f"\nrejected: {rejection.subject}: {rejection.message} ({rejection.reason})")
-        click.echo(f"  {rejection.hint}")
+        text = f"rejected: {rejection.subject}: {rejection.message} ({rejection.reason})"
+        click.echo("\n" + _wrapped(text, indent=2))
+        click.echo(_wrapped(f"  {rejection.hint}", indent=2))
 
 
 def _compiled(settings: Settings) -> tuple[Snapshot, Desired]:
@@ -605,9 +669,10 @@ def explain(*, name: str, config: _Given, as_json: bool, url: str | None) -> Non
             click.echo(f"{account.kind} {account.name}: {verdict}")
             for step in account.steps:
                 mark, colour = marks[step.outcome]
-                click.echo(f"  {click.style(mark, fg=colour)} {step.text}")
+                line = _wrapped(f"  {mark} {step.text}", indent=4)
+                click.echo(f"  {click.style(mark, fg=colour)}{line[3:]}")
                 if step.hint:
-                    click.echo(f"      {step.hint}")
+                    click.echo(_wrapped(f"      {step.hint}", indent=6))
         if not answer.found:
             click.echo(f"nothing is called {answer.query}")
         if answer.suggestions:
@@ -708,9 +773,10 @@ def _show_lint(report: Report) -> None:
     colours = {"rejected": "red", "warning": "yellow", "note": None}
 
     def show(finding: Finding) -> None:
-        level = click.style(finding.level.value, fg=colours[finding.level.value])
-        click.echo(f"  {finding.place}: {level}: {finding.message} ({finding.reason})")
-        click.echo(f"      {finding.hint}")
+        before, level = f"  {finding.place}: ", finding.level.value
+        line = _wrapped(f"{before}{level}: {finding.message} ({finding.reason})", indent=4)
+        click.echo(line.replace(level, click.style(level, fg=colours[level]), 1))
+        click.echo(_wrapped(f"      {finding.hint}", indent=6))
 
     for finding in report.findings:
         show(finding)

@@ -449,30 +449,61 @@ def _braced(inside: str, lookup: Callable[[str], str | None], missing: set[str])
             return value or ""
 
 
-def parse_env_file(text: str) -> dict[str, str]:
-    """A `.env` file: `NAME=value` by line, `export` and comments allowed, values in quotes or not.
+_ENV_NAME = re.compile(r"[A-Za-z0-9_.\[\]-]+")
+_ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
+
+
+def parse_env_file(text: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """A `.env` file as Docker Compose reads it.
+
+    `NAME=value` by line, with `export` and comments; values in quotes may have several lines, and
+    what is not in single quotes may have variables. A name alone is the environment's.
 
     Raises:
         ComposeFileError: a line is neither.
     """
     found: dict[str, str] = {}
-    for number, raw in enumerate(text.splitlines(), 1):
-        line = raw.strip().removeprefix("export ").strip()
+    lines = text.removeprefix("\ufeff").splitlines()
+    at = 0
+    while at < len(lines):
+        number, line = at + 1, lines[at].strip().removeprefix("export ").strip()
+        at += 1
         if not line or line.startswith("#"):
             continue
         name, equals, value = line.partition("=")
         name, value = name.strip(), value.strip()
-        if not equals or not _NAME.fullmatch(name):
+        if not _ENV_NAME.fullmatch(name):
             raise ComposeFileError(f".env:{number}: expected NAME=value")
-        if value[:1] in ("'", '"'):
-            end = value.find(value[0], 1)
-            if end < 0:
-                raise ComposeFileError(f".env:{number}: the quote is not closed on its line")
+        if not equals:
+            continue
+        quote = value[:1]
+        if quote in ("'", '"'):
+            while (end := _quote_end(value, quote)) < 0:
+                if at == len(lines):
+                    raise ComposeFileError(f".env:{number}: the quote is not closed")
+                value += "\n" + lines[at]
+                at += 1
             value = value[1:end]
         else:
             value = re.split(r"\s+#", value, maxsplit=1)[0]
-        found[name] = value
+        if quote == '"':
+            value = re.sub(r"\\(.)", lambda match: _ESCAPES.get(match[1], match[1]), value)
+        found[name] = value if quote == "'" else _expanded(value, {**found, **environment})
     return found
+
+
+def _quote_end(value: str, quote: str) -> int:
+    """Where the quote that a value begins with is closed; below 0 where it is not."""
+    match = re.compile(rf"(?:\\.|[^\\{quote}])*{quote}", re.DOTALL).match(value, 1)
+    return match.end() - 1 if match else -1
+
+
+def _expanded(value: str, variables: Mapping[str, str]) -> str:
+    """A value with its variables put in; one with a `$` that begins none stays as it is."""
+    try:
+        return interpolate(value, variables.get, set())
+    except (_BadVariableError, RecursionError):
+        return value
 
 
 # --- one file ----------------------------------------------------------------------------------
@@ -502,7 +533,7 @@ class _Reader:
 
     def __init__(self, environment: Mapping[str, str], env_file: str | None) -> None:
         self._environment = environment
-        self._env_file = parse_env_file(env_file) if env_file is not None else {}
+        self._env_file = parse_env_file(env_file or "", environment)
         self._from_file: set[str] = set()
         self._told: set[str] = set()
         self._first: dict[str, Place] = {}
@@ -600,7 +631,8 @@ class _Reader:
             try:
                 text = other.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
-                raise ComposeFileError(f"{extends.place}: {where}: {other}: {error}") from error
+                why = error.strerror if isinstance(error, OSError) else "not UTF-8"
+                raise ComposeFileError(f"{extends.place}: {where}: {other}: {why}") from error
             tree = _parse(str(other), text)
             section = self._map(tree.get("services") or _Map({}, {}, tree.place), "services")
             path = str(other)
@@ -659,6 +691,8 @@ class _Reader:
             text = interpolate(value.text, self._lookup, missing)
         except _BadVariableError as error:
             raise ComposeFileError(f"{value.place}: {error}") from None
+        except RecursionError:
+            raise ComposeFileError(f"{value.place}: variables are nested too deeply") from None
         if len(self._from_file) > known:
             self._first.setdefault("env_file", value.place)
         if _COMPOSE_ONLY.search(value.text):
@@ -720,7 +754,13 @@ class _Reader:
         if isinstance(value, _List):
             found: dict[str, Label] = {}
             for item in value.items:
-                name, _, text = self._text(item).partition("=")
+                name, equals, text = self._text(item).partition("=")
+                if not equals and ": " in name:
+                    self._remark(
+                        f"Docker takes all of {name!r} for the name of a label without a value.",
+                        "In a list write NAME=VALUE, or remove the hyphens to have a mapping.",
+                        item.place,
+                    )
                 found[name] = Label(text, item.place)
             return found
         body = self._map(value, where)
@@ -761,7 +801,7 @@ class _Reader:
                 yield from _short_port(self._text(item), item.place, where)
 
     def _long_port(self, item: _Map, where: str) -> Iterator[Port]:
-        if (self._text(item.get("protocol")) or "tcp") != "tcp":
+        if (self._text(item.get("protocol")) or "tcp").lower() != "tcp":
             return
         targets = _range(self._text(item.get("target")), item.place, where)
         published = self._text(item.get("published"))
@@ -777,7 +817,7 @@ class _Reader:
     def _expose(self, value: _Value | None, where: str) -> Iterator[int]:
         for item in self._list(value, where):
             number, _, protocol = self._text(item).partition("/")
-            if protocol in ("", "tcp"):
+            if protocol.lower() in ("", "tcp"):
                 yield from _range(number, item.place, where)
 
     def _secrets(self, value: _Value | None, where: str) -> Iterator[str]:
@@ -845,7 +885,7 @@ def _is_first_version(tree: _Map) -> bool:
 
 _SHORT_PORT = re.compile(
     r"(?:(?:(?P<host>\[[0-9a-fA-F:.]+\]|[0-9.]+):)?(?P<published>[0-9-]*):)?"
-    r"(?P<target>[0-9-]+)(?:/(?P<protocol>[a-z]+))?"
+    r"(?P<target>[0-9-]+)(?:/(?P<protocol>[A-Za-z]+))?"
 )
 
 
@@ -853,7 +893,7 @@ def _short_port(text: str, place: Place, where: str) -> Iterator[Port]:
     found = _SHORT_PORT.fullmatch(text)
     if found is None:
         raise ComposeFileError(f"{place}: {where}: {text!r} is not a port")
-    if (found["protocol"] or "tcp") != "tcp":
+    if (found["protocol"] or "tcp").lower() != "tcp":
         return
     targets = _range(found["target"], place, where)
     given = found["published"] or "0"

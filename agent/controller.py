@@ -47,6 +47,10 @@ BuildSources = Callable[[Settings, Observer], Sequence[Source]]
 SOURCE_RESTART = 1.0
 """Seconds until a source that ended unexpectedly is started again."""
 
+SOURCE_PATIENCE = 0.5
+"""Seconds that the end waits for sources. One may be in the middle of a call that cannot be cut
+short, of an engine that is silent; it has nothing to finish, and ends with the process."""
+
 SHORTEST_HEARTBEAT = 0.1
 """Seconds; a shorter one in the settings would only burn time."""
 
@@ -360,8 +364,9 @@ class Controller:
             item.stop()
         self._thread.join(max(0.0, deadline - time.monotonic()))
         self._fleet.stop(max(0.5, deadline - time.monotonic()))
+        patience = min(deadline, time.monotonic() + SOURCE_PATIENCE)
         for item in sets:
-            item.join(deadline)
+            item.join(patience)
 
     def reload(self, settings: Settings, settings_from: str) -> None:
         """Go on with other settings.
@@ -549,8 +554,7 @@ class Controller:
 def _tell(before: tuple[Rejection, ...], after: tuple[Rejection, ...]) -> None:
     """Log rejections when they come and when they go, not all the time."""
     for item in sorted(set(after) - set(before), key=lambda item: item.subject):
-        log.warning(
-            "%s is not served: %s (%s) %s", item.subject, item.message, item.reason, item.hint
-        )
+        # Not "is not served": a label without effect is one of these, and takes nothing away.
+        log.warning("%s: %s (%s) %s", item.subject, item.message, item.reason, item.hint)
     for item in sorted(set(before) - set(after), key=lambda item: item.subject):
         log.info("%s: no longer rejected (%s)", item.subject, item.reason)

@@ -31,6 +31,13 @@ class TidegateError(Exception):
     """Root of all errors raised by Tidegate."""
 
 
+def innermost(error: BaseException) -> str:
+    """The innermost reason of a library's error; the outer ones only repeat where."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return getattr(error, "strerror", None) or str(error)
+
+
 class Retryable(Exception):
     """Mixed into errors after which the same call may succeed later."""
 

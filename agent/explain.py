@@ -9,6 +9,7 @@ is the business of the command line and the API.
 from __future__ import annotations
 
 import difflib
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from agent.compile import (
     vip_of,
 )
 from agent.config.settings import Settings
-from agent.labels import INTERLOCK, Reason, subject_of
+from agent.labels import INTERLOCK, Reason, forms, subject_of
 from agent.model import (
     Canary,
     Desired,
@@ -162,9 +163,12 @@ def explain(
 
 
 def _host_part(query: str) -> str:
-    text = query.split("://", 1)[-1].split("/", 1)[0]
+    text = re.split("[/?#]", query.split("://", 1)[-1], maxsplit=1)[0].rpartition("@")[2]
     text = text.rsplit(":", 1)[0] if text.rsplit(":", 1)[-1].isdigit() else text
-    return text.lower().removesuffix(".")
+    try:
+        return forms.host(text)
+    except forms.InvalidValueError:
+        return text.lower().removesuffix(".")
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,11 +380,13 @@ class _Teller:
                 )
             ]
         for route in examined.reading.routes:
+            by_path = route.host or route.default_backend
+            root = f", context root {route.context_root}" if by_path else ""
             which = f" (route {route.name})" if route.name else ""
             steps.append(
                 Step(
                     Outcome.OK,
-                    f"Its labels ask for {route.what}, context root {route.context_root}{which}.",
+                    f"Its labels ask for {route.what}{root}{which}.",
                 )
             )
         written = {**examined.workload.template_labels, **examined.workload.labels}
@@ -515,7 +521,10 @@ class _Teller:
 
     def _instance_step(self, workload: Workload, instance: Instance, examined: Examined) -> Step:
         node = f" on {instance.node}" if instance.node else ""
-        who = f"{instance.name or 'instance'} ({instance.id[:_SHOWN_IDS]}){node}"
+        # The name of a static peer has its id in it. Docker's ids are known by their beginning.
+        static = workload.kind is WorkloadKind.STATIC
+        which = "" if static else f" ({instance.id[:_SHOWN_IDS]})"
+        who = f"{instance.name or 'instance'}{which}{node}"
         why = f": {instance.detail}" if instance.detail else ""
         if instance.state is InstanceState.WAITING:
             return Step(Outcome.NOTE, f"{who} is not up yet{why}.")

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import sys
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +23,9 @@ log = logging.getLogger(__name__)
 
 REQUEST_TIMEOUT = 10.0
 """Seconds a client may take to send its request, or stay silent between two."""
+
+LOOK_INTERVAL = 1.0
+"""Seconds between looks whether to end; who ends it does not wait for one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +79,15 @@ class Listener:
         host, port = parse_listen(listen)
         try:
             self._server = _Server(host, port, pages)
-        except OSError as error:
+        except (OSError, TypeError) as error:  # the latter for what cannot be a host's name
+            why = getattr(error, "strerror", None) or str(error)
             raise SettingsError(
-                f'ListenAddr: "{listen}" cannot be listened on: {error.strerror or error}; '
+                f'ListenAddr: "{listen}" cannot be listened on: {why}; '
                 "is another agent running? Set another ListenAddr."
             ) from error
         self._thread = threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 1.0}, daemon=True,
-            name="http",
-        )  # fmt: skip
+            target=self._server.serve_forever, args=(LOOK_INTERVAL,), daemon=True, name="http"
+        )
 
     @property
     def port(self) -> int:
@@ -96,6 +101,9 @@ class Listener:
     def stop(self) -> None:
         """Stop serving and close the socket."""
         if self._thread.is_alive():
+            with suppress(OSError):
+                # Else it looks only after its interval whether it is to end.
+                self._server.socket.shutdown(socket.SHUT_RDWR)
             self._server.shutdown()
             self._thread.join(5)
         self._server.server_close()
@@ -120,6 +128,14 @@ class _Server(ThreadingHTTPServer):
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = "tidegate", int(self.server_address[1])
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A connection has ended with an error; the library would print a traceback."""
+        error = sys.exception()
+        if isinstance(error, OSError):
+            log.debug("%s has gone away: %s", client_address, error)
+        else:
+            log.error("connection of %s: unexpected", client_address, exc_info=error)
 
 
 class _Handler(BaseHTTPRequestHandler):

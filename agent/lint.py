@@ -454,6 +454,11 @@ class _Linter:
             return True
         return any(_asks(label) for label in self._labels(service))
 
+    def _dialect(self, service: Service) -> Dialect:
+        """The dialect in which a service asks."""
+        found = (_dialect_of(name) for name in self._labels(service) if _asks(name))
+        return DOCKER_LB if all(item is DOCKER_LB for item in found) else INTERLOCK
+
     def _examined(self, workload: Workload) -> Examined:
         return examine(
             workload, self._networks, self._settings, proxies=proxy_containers(self._seen)
@@ -683,7 +688,7 @@ class _Linter:
                 Level.NOTE,
                 "expose",
                 "`docker stack deploy` leaves expose out, so it says nothing about the port.",
-                "Name the port in the label interlock.port.",
+                f"Name the port in the label {self._dialect(service).label('port')}.",
                 service.place,
             )
         if self._asks(service) and service.network_mode:
@@ -726,11 +731,6 @@ def _asks(label: str) -> bool:
     if dialect is None:
         return False
     return label[len(dialect.prefix) :].split(".", 1)[0] not in dialect.silent
-
-
-_LABEL = re.compile(
-    rf"(?<![\w.-])(?:{'|'.join(re.escape(item.prefix) for item in _DIALECTS)})[\w.-]*\w"
-)
 
 
 def _over(route: Route) -> str:

@@ -90,6 +90,9 @@ def render(site: Site, settings: Settings, caps: Capabilities) -> dict[str, str]
             syntax.
     """
     extension = settings.extension
+    if extension.template_path and not Path(extension.template_path).is_dir():
+        # The built-in ones in its place would take away what the operator's add.
+        raise RenderError(f"TemplatePath {extension.template_path} is no directory that is there")
     templates = _templates(extension.template_path)
     http2_directive = caps.nginx_version >= _HTTP2_DIRECTIVE_SINCE
     grpc = any(
@@ -161,16 +164,28 @@ def render(site: Site, settings: Settings, caps: Capabilities) -> dict[str, str]
 
 @dataclass(frozen=True, slots=True)
 class _Server:
-    """Names that are answered alike; `target`: where they are sent to, empty for the locations."""
+    """Names that are answered alike; `target`: where they are sent to, empty for the locations.
+
+    With `to_tls` that is the same name over TLS, at whatever port the world sees, so that who has
+    come over TLS is there already.
+    """
 
     names: tuple[str, ...]
     target: str = ""
+    to_tls: bool = False
 
 
 def _servers(host: Host) -> list[_Server]:
     sent_on = {redirect.host for redirect in host.redirects}
     own = tuple(name for name in (host.name, *host.aliases) if name not in sent_on)
-    redirects = [_Server((item.host,), item.target.rstrip("/")) for item in host.redirects]
+    redirects = [
+        _Server(
+            (item.host,),
+            item.target.rstrip("/"),
+            to_tls=item.target.startswith(f"https://{item.host}:"),
+        )
+        for item in host.redirects
+    ]
     return ([_Server(own)] if own else []) + redirects
 
 

@@ -8,6 +8,7 @@ nothing. This module must not know what settings mean.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 
 from agent import http
@@ -72,10 +73,11 @@ class Runner:
 
     def stop(self, timeout: float) -> None:
         """End cleanly within `timeout` seconds."""
+        deadline = time.monotonic() + timeout
         if self._follower is not None:
             self._follower.stop()
         if self._controller is not None:
-            self._controller.stop(timeout)
+            self._controller.stop(deadline - time.monotonic())
         if self._listener is not None:
             self._listener.stop()
 

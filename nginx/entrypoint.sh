@@ -90,15 +90,15 @@ case $admin_listen in
         fi
         ;;
 esac
-if [ -n "$token_file" ] && [ ! -r "$token_file" ]; then
-    fail "TIDEGATE_ADMIN_TOKEN_FILE $token_file cannot be read by user $(id -u)"
-fi
-if [ -n "$session_secret_file" ] && [ ! -r "$session_secret_file" ]; then
-    fail "TIDEGATE_SESSION_SECRET_FILE $session_secret_file cannot be read by user $(id -u)"
-fi
-if [ -n "$status_password_file" ] && [ ! -r "$status_password_file" ]; then
-    fail "TIDEGATE_STATUS_PASSWORD_FILE $status_password_file cannot be read by user $(id -u)"
-fi
+for pair in "TIDEGATE_ADMIN_TOKEN_FILE=$token_file" \
+    "TIDEGATE_SESSION_SECRET_FILE=$session_secret_file" \
+    "TIDEGATE_STATUS_PASSWORD_FILE=$status_password_file"; do
+    file=${pair#*=}
+    [ -n "$file" ] || continue
+    [ -e "$file" ] || fail "${pair%%=*} $file is not there for user $(id -u): mount the secret, or mend the path"
+    [ -r "$file" ] || fail "${pair%%=*} $file cannot be read by user $(id -u)"
+    grep -q '[^[:space:]]' "$file" || fail "${pair%%=*} $file is empty"
+done
 
 # A directory has a page for each status it likes, and error.html for the others.
 error_pages=
@@ -175,6 +175,14 @@ if [ "$(id -u)" = 0 ]; then
     user_line="user root;"
 fi
 
+case $lease_ttl in
+    *.*.*) fail "TIDEGATE_LEASE_TTL is '$lease_ttl', expected seconds" ;;
+    *[1-9]*) ;;
+    *) fail "TIDEGATE_LEASE_TTL is '$lease_ttl', expected seconds above 0: else it never lapses" ;;
+esac
+case ${dict_size%[kKmMgG]} in
+    '' | *[!0-9]*) fail "TIDEGATE_DICT_SIZE is '$dict_size', expected a number with k, m or g: 64m" ;;
+esac
 # Pointers, counters and the list of probes take a quarter of the membership's room each.
 number=${dict_size%[kKmMgG]}
 unit=${dict_size#"$number"}
@@ -195,8 +203,15 @@ case $access_log in
 esac
 
 umask 077
-mkdir -p -- "$run/temp" "$state/site" "$state/trust" || fail "$run and $state have to be writable"
-: >"$run/emerg.log" || fail "TIDEGATE_RUN_DIR $run has to be writable"
+for pair in "TIDEGATE_RUN_DIR=$run" "TIDEGATE_STATE_DIR=$state"; do
+    directory=${pair#*=}
+    if ! mkdir -p -- "$directory" || [ ! -w "$directory" ]; then
+        fail "${pair%%=*} $directory cannot be written to by user $(id -u): give it that owner," \
+            "or mount a volume there"
+    fi
+done
+mkdir -p -- "$run/temp" "$state/site" "$state/trust"
+: >"$run/emerg.log"
 rm -rf -- "$state"/site/*.staging "$state"/site/*.old "$state"/site/*.new
 rm -f -- "$run/conf.d" "$run/trust"
 ln -s "$home/conf.d" "$run/conf.d"

@@ -24,9 +24,38 @@ OPTION_LABELS: Mapping[str, Callable[[RouteDeclaration], str]] = {
     "mirror": lambda route: route.label("mirror"),
     "directives": lambda route: route.label("backend_option"),
     "request_buffering": lambda route: route.label("request_buffering"),
-    "policy": lambda _: "the balancing policy",
 }
-"""How people know each of `claims.Options`: the labels that set it."""
+"""How people know each of `claims.Options` but the policy: the labels that set it."""
+
+POLICY_LABELS = {
+    "algorithm": "balance_algorithm",
+    "hash_key": "hash_key",
+    "hash_balance": "hash_balance",
+    "sticky": "sticky",
+    "slow_start": "slow_start",
+    "max_conns": "max_conns",
+    "queue": "queue",
+    "queue_timeout": "queue_timeout",
+    "check": "health_check",
+    "passive": "eject_failures",
+    "panic": "panic",
+    "retry": "retries",
+    "circuit": "circuit_error_ratio",
+    "timeouts": "read_timeout",
+}
+"""Each field of a policy that claims may differ in: the label, or the first of several."""
+_GROUPS = frozenset({"sticky", "check", "passive", "retry", "circuit", "timeouts"})
+
+
+def policy_difference(claim: Claim, holder: Claim) -> str:
+    """What of the balancing policy two claims do not agree on, in the words of labels."""
+    mine, theirs = claim.declaration.policy, holder.declaration.policy
+    labels = [
+        claim.declaration.label(option) + (" or what belongs to it" if field in _GROUPS else "")
+        for field, option in POLICY_LABELS.items()
+        if getattr(mine, field) != getattr(theirs, field)
+    ]
+    return f"the balancing policy ({', '.join(labels)})"
 
 
 def conflict(name: str, claim: Claim, holder: Claim, differ: list[str]) -> Rejection:

@@ -80,7 +80,7 @@ def find_reach(
         return Reach(
             Way.AS_GIVEN,
             port=declaration.port or _lowest(workload.ports),
-            network_from="addresses are given by the static file",
+            network_from="the addresses that the static file gives",
             port_from=f"each instance's own, else {declaration.label('port')}",
         )
     network = find_network(workload, declaration, proxy_networks, proxies)

@@ -14,6 +14,7 @@ from agent.compile.claims import Claim, ClaimId, Options
 from agent.compile.conflicts import (
     OPTION_LABELS,
     conflict,
+    policy_difference,
     redirect_conflict,
     tls_conflict,
 )
@@ -180,8 +181,10 @@ class _Settling:
         differ = [
             told_as(claim.declaration)
             for field, told_as in OPTION_LABELS.items()
-            if getattr(mine, field) != getattr(theirs, field) and (policy or field != "policy")
+            if getattr(mine, field) != getattr(theirs, field)
         ]
+        if policy and mine.policy != theirs.policy:
+            differ.append(policy_difference(claim, holder))
         if self.name == DEFAULT and claim.declaration.host != holder.declaration.host:
             differ.append("the host")
         if is_tcp(self.name) and not _same_set(claim, holder):
@@ -193,7 +196,7 @@ class _Settling:
         if claim.canary(self.name) != holder.canary(self.name):
             differ.append(claim.declaration.label("canary.*"))
         if claim.declaration.policy != holder.declaration.policy:
-            differ.append("the balancing policy")
+            differ.append(policy_difference(claim, holder))
         return differ
 
     def _settle_redirect(self, claims: list[Claim]) -> str:

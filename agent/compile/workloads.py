@@ -172,6 +172,7 @@ def _own_port(
     own = {
         extension.port: "Port",
         extension.ssl_port: "SSLPort",
+        extension.grpc_port: "GRPCPort",
         settings.openresty.admin_port: "AdminPort",
     }
     if declaration.tcp_port is None or declaration.tcp_port not in own:

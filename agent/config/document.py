@@ -12,7 +12,7 @@ import sys
 import textwrap
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from agent.config import interlock2
 from agent.config.interlock import EXTENSION_KEYS, KEYS, Key, Scope
@@ -161,12 +161,16 @@ def _is_unused(field: Any) -> bool:
 def _type(annotation: Any) -> str:
     """How a value of that type is written in TOML."""
     origin = get_origin(annotation)
+    if origin is Annotated:
+        return _type(get_args(annotation)[0])
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(annotation))
     if origin is UnionType:
         return " or ".join(_type(choice) for choice in get_args(annotation))
     if origin is tuple:
         return f"list of {_type(get_args(annotation)[0])}"
+    if origin is Annotated:
+        return _type(get_args(annotation)[0])
     names = {str: "string", int: "integer", bool: "boolean", float: "duration"}
     return names.get(annotation, "table")
 

@@ -239,37 +239,51 @@ _OF_TABLE = {key.name.lower(): key for key in KEYS if key.scope is Scope.TABLE}
 _OF_CONFIG = {key.name.lower(): key for key in KEYS if key.scope is Scope.TABLE_CONFIG}
 
 
-def adapt(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+Origins = dict[tuple[int | str, ...], tuple[int | str, ...]]
+"""Path of a value in our form to its path in the file."""
+
+
+def adapt(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], Origins]:
     """A file of Interlock 2 or 3 in the form of Interlock 1's; any other as it is.
 
     Returns:
-        The values, and a sentence for each key that is not used.
+        The values, a sentence for each key that is not used, and where in the file values stand
+        that stand elsewhere here.
     """
     values, said = dict(raw), []
+    origins: Origins = {}
     for key in raw:
         if key.lower() == "endpointoverride":
             del values[key]
             said.append(f"{key} is not used: {KEYS[0].text}")
         elif key.lower() == "extensions" and _is_table_of_tables(raw[key]):
-            values[key] = [
-                _extension(table, f"{key}.{name}", said) for name, table in raw[key].items()
-            ]
-    return values, said
+            values[key] = []
+            for index, (name, table) in enumerate(raw[key].items()):
+                taken: dict[str, tuple[str, ...]] = {}
+                values[key].append(_extension(table, f"{key}.{name}", said, taken))
+                for ours, path in taken.items():
+                    origins[("Extensions", index, ours)] = (key, name, *path)
+    return values, said, origins
 
 
 def _is_table_of_tables(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(item, dict) for item in value.values())
 
 
-def _extension(table: Mapping[str, Any], path: str, said: list[str]) -> dict[str, Any]:
+def _extension(
+    table: Mapping[str, Any], path: str, said: list[str], taken: dict[str, tuple[str, ...]]
+) -> dict[str, Any]:
     result: dict[str, Any] = {"Name": "nginx"}
     for key, value in table.items():
         if key.lower() == "config" and isinstance(value, dict):
             for name, item in value.items():
                 known = _OF_CONFIG.get(name.lower())
-                _take(result, known, f"{path}.{key}.{name}", name, item, said)
+                for ours in _take(result, known, f"{path}.{key}.{name}", name, item, said):
+                    taken[ours] = key, name
         else:
-            _take(result, _OF_TABLE.get(key.lower()), f"{path}.{key}", key, value, said)
+            known = _OF_TABLE.get(key.lower())
+            for ours in _take(result, known, f"{path}.{key}", key, value, said):
+                taken[ours] = (key,)
     if "DHParamPath" in result:
         result["DHParam"] = True
     return result
@@ -277,13 +291,15 @@ def _extension(table: Mapping[str, Any], path: str, said: list[str]) -> dict[str
 
 def _take(
     result: dict[str, Any], known: Key | None, path: str, name: str, value: Any, said: list[str]
-) -> None:
+) -> tuple[str, ...]:
+    """Take over one value; the keys of ours that it is under now."""
+    ours: tuple[str, ...] = ()
     if known is None:
-        result[name] = value
+        ours = (name,)
     elif not known.honoured:
         if value not in ("", 0, False, []):
             said.append(f"{path} is not used: {known.text}")
     elif value not in ("", 0):
-        taken = _TAKEN if known.scope is Scope.TABLE else _TAKEN_OF_CONFIG
-        for ours in taken[known.name]:
-            result[ours] = value
+        ours = (_TAKEN if known.scope is Scope.TABLE else _TAKEN_OF_CONFIG)[known.name]
+    result.update(dict.fromkeys(ours, value))
+    return ours

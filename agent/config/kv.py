@@ -21,7 +21,7 @@ from urllib.parse import quote, unquote
 import requests
 
 from agent.config.stores import Content, Discovery, Store
-from agent.errors import SettingsError, StoreUnavailable
+from agent.errors import SettingsError, StoreUnavailable, innermost
 from agent.tls import Client, reason, unusable
 
 DEFAULT_KEY = "interlock/v1/config"
@@ -214,7 +214,7 @@ class _HttpStore:
         except requests.ConnectionError as error:
             why = reason(error, self._address.client) if self._address.tls else ""
             raise StoreUnavailable(
-                f"{scheme} at {place} cannot be reached: {why or _root(error)}"
+                f"{scheme} at {place} cannot be reached: {why or innermost(error)}"
             ) from error
         except (requests.RequestException, ValueError, KeyError, TypeError) as error:
             raise StoreUnavailable(
@@ -230,16 +230,6 @@ class _HttpStore:
         return StoreUnavailable(
             f"{self._address.scheme} at {place} refuses: {answer.status_code} {_message(answer)}"
         )
-
-
-def _root(error: BaseException) -> str:
-    """The innermost reason; the outer ones only repeat the URL."""
-    while True:
-        inner = error.__cause__ or error.__context__
-        if inner is None:
-            break
-        error = inner
-    return getattr(error, "strerror", None) or str(error)
 
 
 def _message(answer: requests.Response) -> str:

@@ -152,6 +152,8 @@ class Follower:
                 log.info("settings: %s answers", self._store.where)
             self._away = ""
             if not asked and content.text == self._good:
+                if self._refusal:
+                    log.info("settings: %s has again what is in force", self._store.where)
                 self._refusal, self._bad = "", None
             elif asked or content.text != self._bad:
                 self._change(content)

@@ -11,10 +11,12 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import tomli
 from pydantic import (
@@ -30,18 +32,31 @@ from pydantic import (
 from agent.config import interlock, interlock2
 from agent.errors import SettingsError
 
-_DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|us|µs|h|m|s)")
-_SECONDS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|\u00b5s|\u03bcs|ms|h|m|s)")
+LONGEST_SECONDS = 365 * 86400
+"""Of any duration: what is longer means never, and is more than a system call can wait for."""
+_SECONDS = {
+    "ns": 1e-9,
+    "us": 1e-6,
+    "\u00b5s": 1e-6,
+    "\u03bcs": 1e-6,
+    "ms": 1e-3,
+    "s": 1.0,
+    "m": 60.0,
+    "h": 3600.0,
+}
 
 
 def parse_duration(value: object) -> object:
     """Read a duration the way Interlock's Go did: "500ms", "1m30s"; a bare number is seconds."""
     if isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ValueError('expected a duration such as "500ms" or "1m30s"')
         return float(value)
     if not isinstance(value, str):
         raise ValueError('expected a duration such as "500ms" or "1m30s"')
     text = value.strip()
-    if not text:
+    if text in ("", "0"):
         return 0.0
     parts = _DURATION_PART.findall(text)
     if "".join(number + unit for number, unit in parts) != text:
@@ -52,16 +67,32 @@ def parse_duration(value: object) -> object:
 Seconds = Annotated[
     float,
     BeforeValidator(parse_duration),
-    Field(ge=0),
+    Field(ge=0, le=LONGEST_SECONDS),
     WithJsonSchema(
         {
             "anyOf": [
-                {"type": "string", "pattern": r"^\s*((\d+(\.\d+)?)(ms|us|µs|h|m|s))*\s*$"},
-                {"type": "number", "minimum": 0},
+                {"type": "string", "pattern": rf"^\s*(0|({_DURATION_PART.pattern})*)\s*$"},
+                {"type": "number", "minimum": 0, "maximum": LONGEST_SECONDS},
             ]
         }
     ),
 ]
+
+
+Span = Annotated[Seconds, Field(gt=0)]
+"""A time that is never none at all: a loop would spin on it, and a call could not succeed."""
+
+_RETRIED = (
+    "error", "timeout", "invalid_header", "http_403", "http_404", "http_429", "http_500",
+    "http_502", "http_503", "http_504", "non_idempotent", "off",
+)  # fmt: skip
+
+
+def parse_retried(value: str) -> str:
+    """Check the words of proxy_next_upstream, of which nginx knows no others."""
+    if not value.split() or not set(value.split()) <= set(_RETRIED):
+        raise ValueError(f"expected some of {', '.join(_RETRIED)}, separated by spaces")
+    return " ".join(value.split())
 
 
 def parse_network(value: str) -> str:
@@ -120,7 +151,45 @@ WorkerProcesses = Annotated[
         {"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 0, "maximum": MOST_WORKERS}]}
     ),
 ]
+
+
+def check_admin_url(value: str) -> str:
+    """Whether an instance can be reached there; else its driver would look in the wrong place."""
+    expected = 'expected "http://HOST:PORT", "https://HOST:PORT" or "unix:/PATH"'
+    if value.startswith("unix:/"):
+        return value
+    try:
+        parts = urlsplit(value)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        good = False
+    if not good or parts.username is not None or parts.query or parts.fragment:
+        raise ValueError(expected)
+    return value
+
+
+_LISTEN = re.compile(r"\s*(?:\S*:)?([0-9]{1,5})\s*")
+_HIGHEST_PORT = 65535
+
+
+def parse_listen(value: str) -> str:
+    """Check an address to listen on, before the next start finds out."""
+    found = _LISTEN.fullmatch(value)
+    if found is None or int(found[1]) > _HIGHEST_PORT:
+        raise ValueError('expected something like ":8080" or "127.0.0.1:8080"')
+    return value
+
+
+def parse_word(value: str) -> str:
+    """Check what becomes one word of nginx's configuration: there is no way to write these."""
+    if re.search(r"[\x00-\x1f\x7f$]", value):
+        raise ValueError("expected text without control characters and without $")
+    return value
+
+
+Word = Annotated[str, AfterValidator(parse_word)]
 Network = Annotated[str, AfterValidator(parse_network)]
+AdminURL = Annotated[str, AfterValidator(check_admin_url)]
 Size = Annotated[str, Field(pattern=r"^\d+[kKmM]?$")]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Positive = Annotated[int, Field(ge=1)]
@@ -195,7 +264,7 @@ class Extension(_Table):
         443, description="TLS listener of OpenResty; 0 switches TLS off"
     )
     listen_ipv6: bool = Field(False, description="listen on IPv6 too")
-    ssl_cert_path: str = Field(
+    ssl_cert_path: Word = Field(
         "/etc/tidegate/certs",
         description="directory inside the OpenResty container that `ssl_cert` labels are below",
     )
@@ -225,7 +294,7 @@ class Extension(_Table):
         "certificate, with which every host is served over TLS too",
     )
     ssl_protocols: str = Field("TLSv1.2 TLSv1.3", description="ssl_protocols of nginx")
-    ssl_ciphers: str = Field("HIGH:!aNULL:!MD5", description="ssl_ciphers of nginx")
+    ssl_ciphers: Word = Field("HIGH:!aNULL:!MD5", description="ssl_ciphers of nginx")
     ssl_stapling: bool = Field(
         True,
         description="send OCSP answers along with certificates that name a responder; they are "
@@ -236,7 +305,7 @@ class Extension(_Table):
         description="serve HTTP/3 too, over UDP at SSLPort, where OpenResty was built with it",
     )
     dh_param: bool = Field(False, description="use DHParamPath for DHE key exchange")
-    dh_param_path: str = Field(
+    dh_param_path: Word = Field(
         "", description="file with DH parameters inside the OpenResty container"
     )
     redirect_code: Literal[301, 302, 303, 307, 308] = Field(
@@ -267,9 +336,9 @@ class Extension(_Table):
     client_max_body_size: str = Field(
         "2048m", pattern=r"^\d+[kKmMgG]?$", description="largest request body; Interlock's default"
     )
-    proxy_next_upstream: str = Field(
+    proxy_next_upstream: Annotated[str, AfterValidator(parse_retried)] = Field(
         "error timeout",
-        pattern=r"^[a-z0-9_]+( [a-z0-9_]+)*$",
+        pattern=r"^[a-z0-9_]+( +[a-z0-9_]+)*$",
         description="when a request is tried on another peer; `off` for never",
     )
     template_path: str = Field(
@@ -451,7 +520,7 @@ class Rule(_Table):
 class OpenResty(_Table):
     """`[OpenResty]`: how the agent finds its OpenResty instances and talks to them."""
 
-    urls: tuple[str, ...] = Field(
+    urls: tuple[AdminURL, ...] = Field(
         (), description="admin URLs of instances outside Docker, http://host:port or unix:/path"
     )
     service_name: str = Field(
@@ -469,8 +538,8 @@ class OpenResty(_Table):
     tls_ca: str = Field("", description="CA file that instances' certificates are verified with")
     tls_cert: str = Field("", description="client certificate for the admin API")
     tls_key: str = Field("", description="key of TLSCert")
-    timeout: Seconds = Field(10.0, description="longest wait for an answer of the admin API")
-    heartbeat: Seconds = Field(
+    timeout: Span = Field(10.0, description="longest wait for an answer of the admin API")
+    heartbeat: Span = Field(
         1.5, description="how often each instance is asked for its revision and generation"
     )
 
@@ -478,7 +547,7 @@ class OpenResty(_Table):
 class Settings(_Table):
     """All of `config.toml`."""
 
-    listen_addr: str = Field(
+    listen_addr: Annotated[str, AfterValidator(parse_listen)] = Field(
         ":8080", description="agent's HTTP listener: /metrics, /healthz, /readyz, /api/state"
     )
     enable_metrics: bool = Field(True, description="serve /metrics on ListenAddr")
@@ -512,10 +581,10 @@ class Settings(_Table):
         description="how often tasks are listed without the watch; where it is set, containers "
         "are listed as often too, beside the events",
     )
-    resync_interval: Seconds = Field(
+    resync_interval: Span = Field(
         60.0, description="how often everything is listed anew, whatever the stream said"
     )
-    request_timeout: Seconds = Field(10.0, description="longest wait for an answer of the engine")
+    request_timeout: Span = Field(10.0, description="longest wait for an answer of the engine")
     attach_networks: bool = Field(
         False,
         description="attach proxy containers to the networks that `interlock.network` labels of "
@@ -595,9 +664,11 @@ def load(text: str, *, where: str) -> tuple[Settings, tuple[Remark, ...]]:
         SettingsError: not TOML (with line), or a value of the wrong type or range (with line, key
             path, value and what is expected).
     """
+    # Editors of Windows put a mark in front of UTF-8.
+    text = text.removeprefix("\ufeff")
     try:
         raw = tomli.loads(text)
-    except tomli.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # tomli's own, a number of thousands of digits …
         raise SettingsError(f"{where}: not valid TOML: {error}") from error
     reading = _Reading(text, where)
     known = reading.settings(raw)
@@ -606,6 +677,8 @@ def load(text: str, *, where: str) -> tuple[Settings, tuple[Remark, ...]]:
     except ValidationError as error:
         for item in error.errors():
             reading.wrong(item["loc"], item["input"], _expected(item))
+    else:
+        reading.check_ports(settings)
     if reading.problems:
         raise SettingsError(*reading.problems)
     return settings, tuple(reading.remarks)
@@ -620,12 +693,13 @@ class _Reading:
     def __init__(self, text: str, where: str) -> None:
         self._text = text
         self._where = where
+        self._origins: interlock2.Origins = {}
         self.remarks: list[Remark] = []
         self.problems: list[str] = []
 
     def settings(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """The values under the schema's spelling, without what means "default"."""
-        raw, said = interlock2.adapt(raw)
+        raw, said, self._origins = interlock2.adapt(raw)
         for text in said:
             self._remark(text)
         known = self._canonical(raw, Settings, path="")
@@ -638,11 +712,23 @@ class _Reading:
 
     def wrong(self, path: tuple[int | str, ...], value: object, expected: str) -> None:
         """Note a value that cannot be taken."""
+        path = (*self._origins.get(path[:3], path[:3]), *path[3:])
         line = _line_of(self._text, path)
         at = f"line {line}: " if line else ""
         self.problems.append(
             f"{self._where}: {at}{_spelled(path)}: got {_shown(value)}, expected {expected}"
         )
+
+    def check_ports(self, settings: Settings) -> None:
+        """Note listeners that are on one port: nginx would refuse the whole site for them."""
+        extension = settings.extension
+        taken = {extension.port: "Port"}
+        for key, port in (("SSLPort", extension.ssl_port), ("GRPCPort", extension.grpc_port)):
+            if port and port in taken:
+                index = settings.extensions.index(extension)
+                expected = f"another port than that of {taken[port]}, or 0 for no such listener"
+                self.wrong(("Extensions", index, key), port, expected)
+            taken.setdefault(port, key)
 
     def _remark(self, text: str, *, unknown: bool = False) -> None:
         self.remarks.append(Remark(f"{self._where}: {text}", unknown))
@@ -653,13 +739,22 @@ class _Reading:
         """Spell the keys as the schema does; drop the unknown ones with a remark each."""
         spelling = {(f.alias or n).lower(): f.alias or n for n, f in table.model_fields.items()}
         result: dict[str, Any] = {}
+        taken: dict[str, str] = {}
         for key, value in raw.items():
             name = spelling.get(key.lower())
             if name is None:
                 near = difflib.get_close_matches(key.lower(), spelling, n=1)
                 meant = f"; did you mean {spelling[near[0]]}?" if near else ""
-                self._remark(f"unknown key {path}{key} is ignored{meant}", unknown=True)
+                where = self._origins.get(_parts(path, key))
+                told = _spelled(where) if where else f"{path}{key}"
+                self._remark(f"unknown key {told} is ignored{meant}", unknown=True)
+            elif name in taken:
+                self._remark(
+                    f"{path}{key} is the same key as {path}{taken[name]}, whose value counts; "
+                    "remove one of the two"
+                )
             elif not _means_default(table, name, value):
+                taken[name] = key
                 result[name] = self._nested(table, name, value, path=f"{path}{name}")
         return result
 
@@ -757,6 +852,12 @@ def _shown(value: object) -> str:
 _LONGEST_SHOWN = 100
 
 
+def _parts(path: str, key: str) -> tuple[int | str, ...]:
+    """`Extensions[0].` and a key as the parts of a path."""
+    found = re.fullmatch(r"(\w+)\[(\d+)\]\.", path)
+    return (found[1], int(found[2]), key) if found else (path, key)
+
+
 def _spelled(path: tuple[int | str, ...]) -> str:
     """`Extensions[0].Port`."""
     text = ""
@@ -785,6 +886,8 @@ def _expected(item: Any) -> str:
     match kind:
         case "literal_error":
             return str(context["expected"])
+        case "greater_than":
+            return f"more than {context['gt']}"
         case "greater_than_equal":
             return f"at least {context['ge']}"
         case "less_than_equal":

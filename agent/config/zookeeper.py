@@ -6,6 +6,7 @@ what it cannot mend is given up and made anew by the next `read`.
 
 from __future__ import annotations
 
+import logging
 import threading
 from contextlib import suppress
 from typing import Any
@@ -18,6 +19,9 @@ from agent import tls
 from agent.config.kv import ANSWER_TIMEOUT, CONNECT_TIMEOUT, LONGEST_WAIT, Address
 from agent.config.stores import Content
 from agent.errors import SettingsError, StoreUnavailable
+
+# It logs each try and each failure of its own; ours say the same once, and where.
+logging.getLogger("kazoo").setLevel(logging.CRITICAL)
 
 
 class ZooKeeperStore:
@@ -105,7 +109,7 @@ class ZooKeeperStore:
             client.add_listener(self._heard)
             try:
                 client.start(timeout=ANSWER_TIMEOUT)
-            except BaseException:
+            except Exception:  # for Ctrl-C its threads are not waited for: they end with us
                 _end(client)
                 raise
             self._client = client

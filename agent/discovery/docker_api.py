@@ -259,12 +259,15 @@ class DockerEngine:
         if self._tls and (why := tls.unusable(self._tls)):
             raise DiscoveryError(f"the engine at {self.url} cannot be reached: {why}")
         with _mapped(self.url):
-            self._client = APIClient(
-                base_url=self.url,
-                version=_written(OLDEST_API),
-                timeout=timeout,
-                tls=_for_library(self._tls, verify=not settings.allow_insecure),
-            )
+            try:
+                self._client = APIClient(
+                    base_url=self.url,
+                    version=_written(OLDEST_API),
+                    timeout=timeout,
+                    tls=_for_library(self._tls, verify=not settings.allow_insecure),
+                )
+            except ValueError as error:
+                raise DiscoveryError(_unusable(self.url, error)) from error
         # What a proxy or a CA bundle of the environment says is not meant for the engine.
         self._client.trust_env = False
         self._prefix = ""
@@ -502,7 +505,7 @@ def _client(settings: Settings, url: str) -> tls.Client | None:
     Who gave files or asks for https is never answered in the clear, and the server is verified
     unless AllowInsecure says otherwise: with the CA given, else with the public ones.
     """
-    scheme = urlsplit(url).scheme
+    scheme = url.partition("://")[0].lower()
     if scheme not in ("tcp", "http", "https"):
         return None
     ca, cert, key = settings.tls_ca_cert, settings.tls_cert, settings.tls_key
@@ -549,9 +552,16 @@ def _mapped(url: str, client: tls.Client | None = None) -> Iterator[None]:
         cause = _os_error(error)
         if cause is not None or isinstance(error.__context__, requests.RequestException):
             raise DockerUnavailable(_unreachable(url, error, client)) from error
-        raise DiscoveryError(f"the engine at {url} cannot be used: {error}") from error
+        raise DiscoveryError(_unusable(url, error)) from error
     except ValueError as error:
         raise DockerUnavailable(f"the engine at {url} sent something odd: {error}") from error
+
+
+def _unusable(url: str, error: BaseException) -> str:
+    return (
+        f"the engine at {url} cannot be used: {error}; DockerURL (or DOCKER_HOST) is like "
+        "unix:///var/run/docker.sock or tcp://HOST:PORT"
+    )
 
 
 def _unreachable(url: str, error: BaseException, client: tls.Client | None) -> str:

@@ -112,14 +112,17 @@ class StaticSource:
         try:
             found = self._path.stat()
         except OSError as error:
-            raise StaticFileError(f"{self._path}: {error.strerror}") from error
+            raise self._unreadable(error) from error
         return found.st_ino, found.st_dev, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
     def _read(self) -> bytes:
         try:
             return self._path.read_bytes()
         except OSError as error:
-            raise StaticFileError(f"{self._path}: {error.strerror}") from error
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: OSError) -> StaticFileError:
+        return StaticFileError(f"StaticFile {self._path} cannot be read: {error.strerror}")
 
     def _take_in(self, content: bytes, publish: Publish) -> None:
         started = time.monotonic()
@@ -182,10 +185,10 @@ def _parse(
             f"{path}: the file is empty; for no services at all write: service = []"
         )
     try:
-        raw = tomli.loads(content.decode())
+        raw = tomli.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise StaticFileError(f"{path}: not UTF-8: {error}") from error
-    except tomli.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # tomli's own, a number of thousands of digits …
         raise StaticFileError(f"{path}: not valid TOML: {error}") from error
     for key in raw:
         if key != "service":

@@ -55,9 +55,16 @@ def rejections(
     )
 
 
+def whose(problem: CertificateProblem) -> str:
+    """Whose certificate or CA it is, for the log."""
+    if problem.host is None:
+        return f"TLS towards peers, identity {problem.backend}"
+    return f"host {problem.host}" if problem.host else "default certificate"
+
+
 def _subjects(problem: CertificateProblem, site: Site) -> Iterator[str]:
     if problem.host is not None:
-        yield f"host {problem.host}" if problem.host else "default certificate"
+        yield whose(problem)
         return
     routes = [(host.name, location) for host in site.hosts for location in host.locations]
     routes += [("", location) for location in site.default]

@@ -100,7 +100,7 @@ class Connection:
             connection.connect()
         except TimeoutError as error:
             raise NotConnected(f"no connection within {limit:g} s") from error
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter for what cannot be a host's name
             raise NotConnected(_phrase(error)) from error
         return connection
 

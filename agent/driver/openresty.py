@@ -107,23 +107,34 @@ class Token:
         """The token as of now, empty if settings name none.
 
         Raises:
-            InstanceUnauthorized: the file cannot be read.
+            InstanceUnauthorized: the file cannot be read or is empty, or what is there cannot be a
+                token.
         """
         if not self._file:
-            return self._token
+            return _checked(self._token, "OpenResty.Token")
+        where = f"OpenResty.TokenFile {self._file}"
         with self._lock:
             try:
                 stat = os.stat(self._file)
                 stamp = (stat.st_mtime_ns, stat.st_size)
                 if stamp != self._stamp:
-                    with open(self._file, encoding="ascii") as file:
+                    with open(self._file, encoding="latin-1") as file:
                         self._token = file.read().strip()
                     self._stamp = stamp
-            except (OSError, UnicodeDecodeError) as error:
-                raise InstanceUnauthorized(
-                    f"OpenResty.TokenFile {self._file} cannot be read: {error}"
-                ) from error
-            return self._token
+            except OSError as error:
+                raise InstanceUnauthorized(f"{where} cannot be read: {error.strerror}") from error
+            if not self._token:
+                raise InstanceUnauthorized(f"{where} is empty")
+            return _checked(self._token, where)
+
+
+def _checked(token: str, where: str) -> str:
+    """A token that can be sent. Raises InstanceUnauthorized for one that cannot."""
+    if not (token.isascii() and token.isprintable()):
+        raise InstanceUnauthorized(
+            f"{where} is no token: it has to be one line of printable ASCII characters"
+        )
+    return token
 
 
 class Instance:

@@ -430,8 +430,21 @@ class Worker:
         known = status.certificates_serial > 0
         problems = self._open_client.certificate_problems() if known else ()
         with self._changed:
-            self._problems = problems
+            before, self._problems = self._problems, problems
         self._problems_of = of
+        for item in problems:
+            if item not in before:
+                log.warning(
+                    "OpenResty %s: %s: %s (%s)",
+                    self.target.name,
+                    certificates.whose(item),
+                    item.message,
+                    item.reason,
+                )
+        for item in before:
+            if item not in problems:
+                whose = certificates.whose(item)
+                log.info("OpenResty %s: %s: over (%s)", self.target.name, whose, item.reason)
 
     def _saw(self, status: Status) -> None:
         """Take note of a status: where it differs from what we know, reality wins."""

@@ -238,13 +238,15 @@ _LONGEST_GUESSED = 80
 def _nearest(dialect: Dialect, label: str) -> str:
     if len(label) > _LONGEST_GUESSED:
         return ""
+    spelled = label[len(dialect.prefix) :].lower()
     name, _, rest = label[len(dialect.prefix) :].partition(".")
     if _ROUTE_NAME.fullmatch(name) and name not in _FIRST_WORDS[dialect.prefix]:
         near = difflib.get_close_matches(rest.lower(), _OPTIONS[dialect.prefix], n=1, cutoff=0.8)
         if near:
             return f"{dialect.prefix}{name}.{near[0]}"
-    known = [item for item in KNOWN_LABELS if item.startswith(dialect.prefix)]
-    return next(iter(difflib.get_close_matches(label.lower(), known, n=1, cutoff=0.8)), "")
+    # The prefix would make everything look alike.
+    near = difflib.get_close_matches(spelled, _OPTIONS[dialect.prefix], n=1, cutoff=0.7)
+    return dialect.prefix + near[0] if near else ""
 
 
 def _beside(workload: Workload, loser: _Labels) -> Rejection:

@@ -232,9 +232,16 @@ def option(text: str) -> Option:
     )
 
 
+def protects(text: str) -> bool:
+    """Whether a value that is no option was meant to restrict who gets in, however written."""
+    return _PROTECTIVE_WORD.search(text) is not None
+
+
+# A variable's name is taken whole and never shorter (`*+`): read in all ways that there are, a
+# label of some dozen variables would keep us busy for ever.
 _NAME = r"[a-z][a-z0-9_]{0,63}"
-_WORD = r"(?:[A-Za-z0-9_./:,=%+*@^~?!&|()<>\[\]-]|\$[a-z_][a-z0-9_]*)+"
-_QUOTED = r'"(?:[^"\\${};\x00-\x1f\x7f-\uffff]|\$[a-z_][a-z0-9_]*)*"'
+_WORD = r"(?:[A-Za-z0-9_./:,=%+*@^~?!&|()<>\[\]-]|\$[a-z_][a-z0-9_]*+)+"
+_QUOTED = r'"(?:[^"\\${};\x00-\x1f\x7f-\uffff]|\$[a-z_][a-z0-9_]*+)*"'
 _SIMPLE = re.compile(rf"({_NAME})((?:\s+(?:{_WORD}|{_QUOTED}))*)\s*;")
 _OUR_VARIABLE = re.compile(r"\$tidegate", re.IGNORECASE)
 
@@ -258,6 +265,7 @@ _OF_UPSTREAMS = {
 _PROTECTIVE = re.compile(
     r"(?:allow|deny|satisfy|auth_.*|limit_.*|secure_link.*|valid_referers|internal)"
 )
+_PROTECTIVE_WORD = re.compile(rf"(?:^|[\s;{{])(?:{_PROTECTIVE.pattern})(?=[\s;]|$)", re.IGNORECASE)
 _HASH_KEYS = MappingProxyType(
     {
         "$remote_addr": "ip",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from encodings.idna import nameprep
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -28,10 +29,15 @@ _SHOWN = 60
 _LONGEST_VALUE = 1024
 _LONGEST_PATH = 255
 _LONGEST_HOST = 253
+_LONGEST_ROOT = 240
+"""Then the name of an upstream, also a canary's of the longest host, stays below 512 bytes."""
 
 _TRUE = frozenset({"", "true", "1", "yes", "on"})
 _FALSE = frozenset({"false", "0", "no", "off"})
 _HOST_LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
+_KEPT_LETTER = re.compile("([ß\u1e9eς])")
+_JOINER = re.compile("[\u200c\u200d]")
+_FULL_STOP = re.compile("[.\u3002\uff0e\uff61]")
 _PATH_SEGMENT = re.compile(r"[A-Za-z0-9._~!&+,=:@*-]+")
 _FILE_SEGMENT = re.compile(r"[A-Za-z0-9._@+=~-]+")
 _NETWORK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,254}")
@@ -43,6 +49,7 @@ _DURATION_PART = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)(ms|s|m|h|d)")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _URL_PREFIX = re.compile(r"(?:wss?|https?)://[^/]*", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_COOKIE_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _HEADER_VALUE = re.compile(r"[ -~]{1,128}")
 _STATUSES = re.compile(r"[1-5][0-9]{2}(?:-[1-5][0-9]{2})?(?:,[1-5][0-9]{2}(?:-[1-5][0-9]{2})?)*")
 _HSTS = re.compile(
@@ -52,9 +59,20 @@ _AGE = re.compile(r"[0-9]{1,10}")
 _HOST_AND_PORT = re.compile(r"[A-Za-z0-9_.-]{1,253}(?::[0-9]{1,5})?|\[[0-9A-Fa-f:.]{2,45}\]")
 _COOKIE_PATH = re.compile(r"/[A-Za-z0-9._~!&+,=:@*/-]{0,254}")
 
+_NOT_IN_HOSTS = (
+    (
+        "/",
+        "is more than a host name",
+        "write the name alone, without http://; a path belongs into context_root",
+    ),
+    (":", "is more than a host name", "write the name alone, without scheme and port"),
+    (",", "is several host names", "write each into a label of its own, with .0, .1 and so on"),
+)
 _RESERVED_HOSTS = frozenset({"00-default"})
 """Names whose file the site has a use of its own for."""
 _RESERVED_FIRST_LABEL = "_wildcard"
+_OWN_SEGMENT = ".tidegate"
+"""First part of paths that locations of every host are called by (`nginx/conf.d/mirror.inc`)."""
 CANARY = "@canary"
 """End of the name of a canary's upstream, and so of no context root."""
 
@@ -75,7 +93,10 @@ def shown_label(label: str) -> str:
 def clean(value: str, *, ascii_only: bool) -> str:
     """Trim spaces; refuse what no label has a use for before anything looks at it closely."""
     if len(value) > _LONGEST_VALUE:
-        raise InvalidValueError(f"is longer than {_LONGEST_VALUE} characters", "shorten the value")
+        raise InvalidValueError(
+            f"is longer than {_LONGEST_VALUE} characters",
+            "shorten the value, or give a list as several labels with .0, .1 and so on",
+        )
     value = value.strip(" \t")
     if _CONTROL.search(value):
         raise InvalidValueError("has a control character in it", "remove the character")
@@ -93,10 +114,13 @@ def host(text: str) -> str:
     hint = "use letters, digits and hyphens, labels of at most 63 characters joined by dots"
     if len(text) > _LONGEST_HOST + 1:
         raise InvalidValueError(f"is longer than {_LONGEST_HOST} characters", hint)
+    for mark, what, cure in _NOT_IN_HOSTS:
+        if mark in text:
+            raise InvalidValueError(what, cure)
     star, name = ("*.", text[2:]) if text.startswith("*.") else ("", text)
     if not name.isascii():
         try:
-            name = name.encode("idna").decode("ascii")
+            name = _punycode(name)
         except UnicodeError:
             raise InvalidValueError(
                 "is not a valid internationalised host name", hint + ", or the punycode form"
@@ -111,6 +135,28 @@ def host(text: str) -> str:
     if name in _RESERVED_HOSTS or name.split(".", 1)[0] == _RESERVED_FIRST_LABEL:
         raise InvalidValueError("is a name that Tidegate keeps for itself", "choose another name")
     return name
+
+
+def _punycode(name: str) -> str:
+    """A name with other letters as clients ask for it.
+
+    Python knows the rules of 2003, which made `ß` into `ss` and a final sigma into a plain one;
+    today they are letters of their own, and `straße.de` is not `strasse.de`. So they are left as
+    they are. Joiners, which 2003 took off, need rules of their own. Raises UnicodeError.
+    """
+    if _JOINER.search(name):
+        raise UnicodeError("a joiner")
+    if not _KEPT_LETTER.search(name):
+        return name.encode("idna").decode("ascii")
+    labels = []
+    for label in _FULL_STOP.split(name):
+        if _KEPT_LETTER.search(label):
+            parts = _KEPT_LETTER.split(label.replace("\u1e9e", "ß"))
+            kept = "".join(part if part in ("ß", "ς") else nameprep(part) for part in parts)
+            labels.append("xn--" + kept.encode("punycode").decode("ascii"))
+        else:
+            labels.append(label.encode("idna").decode("ascii"))
+    return ".".join(labels)
 
 
 def server_name(text: str) -> str:
@@ -243,11 +289,19 @@ def path(text: str) -> str:
 
 
 def context_root(text: str) -> str:
-    """A plain path that no upstream of Tidegate's own is called by."""
+    """A plain path that no upstream or location of Tidegate's own is called by."""
     found = path(text)
+    if len(found) > _LONGEST_ROOT:
+        raise InvalidValueError(
+            f"is longer than {_LONGEST_ROOT} characters", "choose a shorter path"
+        )
     if found.endswith(CANARY):
         raise InvalidValueError(
             f"ends with {CANARY}, which Tidegate keeps for itself", "choose another path"
+        )
+    if found.split("/", 2)[1] == _OWN_SEGMENT:
+        raise InvalidValueError(
+            f"begins with /{_OWN_SEGMENT}, which Tidegate keeps for itself", "choose another path"
         )
     return found
 
@@ -258,11 +312,11 @@ def websocket_path(text: str) -> str:
 
 
 def file_name(text: str) -> str:
-    """A file name below the certificate directory; a slash in front is as good as none."""
+    """A file name below the certificate directory, or nothing; a slash in front is cut."""
     hint = "write a file name below SSLCertPath, such as app.pem or shop/app.pem"
+    if not text:
+        return ""
     name = text.lstrip("/")
-    if not name:
-        raise InvalidValueError("is empty", hint)
     if len(name) > _LONGEST_PATH:
         raise InvalidValueError(f"is longer than {_LONGEST_PATH} characters", hint)
     segments = name.split("/")
@@ -272,8 +326,10 @@ def file_name(text: str) -> str:
 
 
 def secret_name(text: str) -> str:
-    """The name of a Docker secret: a file directly in the directory of the secrets."""
-    if not _FILE_SEGMENT.fullmatch(text) or text in (".", "..") or len(text) > _LONGEST_PATH:
+    """The name of a Docker secret, a file directly in the directory of the secrets; or nothing."""
+    if text and (
+        not _FILE_SEGMENT.fullmatch(text) or text in (".", "..") or len(text) > _LONGEST_PATH
+    ):
         raise InvalidValueError(
             "is not the name of a Docker secret",
             "write the name under which the secret is mounted in OpenResty (docker secret ls)",
@@ -282,10 +338,20 @@ def secret_name(text: str) -> str:
 
 
 def name(text: str) -> str:
-    """The name of a cookie or a header."""
+    """The name of a header or an argument."""
     if not _NAME.fullmatch(text):
         raise InvalidValueError(
             "is not a name", "use 1 to 128 letters, digits, hyphens and underscores"
+        )
+    return text
+
+
+def cookie_name(text: str) -> str:
+    """The name of a cookie: with dots too, as `connect.sid` and `ASP.NET_SessionId` have them."""
+    if not _COOKIE_NAME.fullmatch(text):
+        raise InvalidValueError(
+            "is not the name of a cookie",
+            "use 1 to 128 letters, digits, dots, hyphens and underscores",
         )
     return text
 
@@ -353,7 +419,8 @@ def hash_key(text: str) -> str:
     kind = kind.lower()
     if kind in ("ip", "uri") and not colon:
         return kind
-    if kind in ("header", "cookie", "arg") and _NAME.fullmatch(what):
+    form = _COOKIE_NAME if kind == "cookie" else _NAME
+    if kind in ("header", "cookie", "arg") and form.fullmatch(what):
         return f"{kind}:{what}"
     raise InvalidValueError(
         "is nothing to hash by", "write ip, uri, header:NAME, cookie:NAME or arg:NAME"

@@ -19,7 +19,7 @@ from agent.labels.names import (
     POLICY_OPTIONS,
     STICKY_OPTIONS,
 )
-from agent.labels.reader import Reader
+from agent.labels.reader import Reader, Written
 from agent.model import (
     Algorithm,
     Canary,
@@ -112,6 +112,8 @@ class _BackendOptions:
                 found = backend.option(forms.clean(written.value, ascii_only=True))
             except InvalidValueError as error:
                 reader.invalid(written, Reason.INVALID_LABEL, error)
+                if backend.protects(written.value):
+                    _reject_unprotected(reader, written)
                 continue
             what = f"{shown_label(written.label)}={shown(written.value)}"
             self.balance = self.balance or found.balance
@@ -141,6 +143,16 @@ class _BackendOptions:
                     "label; the route works without it.",
                     reason=Reason.DIRECTIVE_NOT_ALLOWED,
                 )
+
+
+def _reject_unprotected(reader: Reader, written: Written) -> None:
+    reader.reject(
+        Reason.INVALID_LABEL,
+        f"{shown_label(written.label)} restricts who gets in and cannot be read, so the route is "
+        "not served.",
+        "Write each directive into a label of its own, with its semicolon: "
+        f"{reader.label('backend_option')}.0, {reader.label('backend_option')}.1.",
+    )
 
 
 def _balance(reader: Reader, options: _BackendOptions) -> backend.Balance:
@@ -185,9 +197,9 @@ def _sticky_value(text: str) -> tuple[StickyKind, str] | None:
     kind, colon, name = text.partition(":")
     kind = kind.lower()
     if kind == "cookie":
-        return StickyKind.COOKIE, forms.name(name) if colon else STICKY_COOKIE
+        return StickyKind.COOKIE, forms.cookie_name(name) if colon else STICKY_COOKIE
     if kind == "app" and colon:
-        return StickyKind.APP_COOKIE, forms.name(name)
+        return StickyKind.APP_COOKIE, forms.cookie_name(name)
     if kind == "ip" and not colon:
         return StickyKind.IP, ""
     try:
@@ -202,7 +214,7 @@ _SAME_SITE = {"lax": "Lax", "strict": "Strict", "none": "None"}
 
 
 def _sticky(reader: Reader, *, context_root: str, tls_only: bool) -> Sticky | None:
-    app_cookie = reader.one("sticky_session_cookie", forms.name, "")
+    app_cookie = reader.one("sticky_session_cookie", forms.cookie_name, "")
     chosen = reader.one("sticky", _sticky_value, None)
     max_age = reader.one("sticky_max_age", forms.duration(0, _MAX_AGE), 0.0)
     secure = reader.one("sticky_secure", forms.boolean, tls_only)
@@ -243,6 +255,11 @@ def _sticky(reader: Reader, *, context_root: str, tls_only: bool) -> Sticky | No
     )
 
 
+def _interval(text: str) -> float:
+    """Milliseconds without a unit and the default for nothing, as Interlock read it."""
+    return forms.duration(0.0, _MAX_SECONDS, unit=0.001)(text) if text else 0.0
+
+
 def _check(reader: Reader, from_option: Check | None) -> Check | None:
     if not reader.any_of(CHECK_OPTIONS):
         return from_option
@@ -251,9 +268,7 @@ def _check(reader: Reader, from_option: Check | None) -> Check | None:
     base: Check | None = usual
     if reader.has("health_check"):
         base = reader.one("health_check", backend.check, None)
-    interval = reader.one(
-        "health_check_interval", forms.duration(0.0, _MAX_SECONDS, unit=0.001), 0.0
-    )
+    interval = reader.one("health_check_interval", _interval, 0.0)
     if 0 < interval < 0.1:
         reader.reject(
             Reason.INVALID_LABEL,
@@ -346,7 +361,7 @@ def read_canary(reader: Reader) -> Canary | None:
         weight=reader.one("canary.weight", forms.number(0, 100), 0),
         header=reader.one("canary.header", forms.name, ""),
         header_value=reader.one("canary.header_value", forms.header_value, ""),
-        cookie=reader.one("canary.cookie", forms.name, ""),
+        cookie=reader.one("canary.cookie", forms.cookie_name, ""),
     )
     if canary.header_value and not canary.header:
         reader.reject(

@@ -161,7 +161,7 @@ class Reader:
         )
 
 
-_LONGEST_LIST = 4096
+_LONGEST_LIST = 65536
 _DIGITS = re.compile(r"([0-9]{1,9})")
 
 

@@ -6,6 +6,7 @@ This module must not look at networks, ports or instances: whether a declaration
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from agent.labels import forms
@@ -13,7 +14,7 @@ from agent.labels.declaration import INTERLOCK, Reason, RouteDeclaration, Rules
 from agent.labels.forms import InvalidValueError, shown
 from agent.labels.names import BACKEND_TLS_OPTIONS, FRONT_OPTIONS
 from agent.labels.policy import read_behaviour, read_canary
-from agent.labels.reader import Reader, sentence
+from agent.labels.reader import Reader, Written, sentence
 from agent.model import (
     BackendTls,
     Check,
@@ -253,7 +254,7 @@ def _redirects(reader: Reader, hosts: tuple[str, ...] | None) -> tuple[tuple[Red
             try:
                 source, target = forms.redirect(forms.clean(part, ascii_only=False))
             except InvalidValueError as error:
-                reader.invalid(written, Reason.INVALID_LABEL, error)
+                reader.invalid(Written(written.label, part), Reason.INVALID_LABEL, error)
                 continue
             if source not in hosts:
                 reader.note(
@@ -264,6 +265,13 @@ def _redirects(reader: Reader, hosts: tuple[str, ...] | None) -> tuple[tuple[Red
                 )
             elif target == f"https://{source}":
                 to_tls = True
+            elif _leads_back(found, source, target):
+                reader.note(
+                    f"{reader.label('redirects')}: {source} is not redirected to {target}, which "
+                    f"would lead back to {source}.",
+                    "Have one of the names serve instead of being redirected.",
+                    reason=Reason.INVALID_LABEL,
+                )
             elif found.setdefault(source, target) != target:
                 reader.note(
                     f"{reader.label('redirects')}: {source} is redirected to {found[source]} "
@@ -271,6 +279,17 @@ def _redirects(reader: Reader, hosts: tuple[str, ...] | None) -> tuple[tuple[Red
                     "Keep one of the two.",
                 )
     return tuple(Redirect(source, target) for source, target in sorted(found.items())), to_tls
+
+
+def _leads_back(redirects: Mapping[str, str], source: str, target: str) -> bool:
+    """Whether a request for `source` that is sent to `target` would come to `source` again."""
+    while True:
+        name = (target.partition("://")[2] or target).partition("/")[0]
+        if name == source:
+            return True
+        if name not in redirects:
+            return False
+        target = redirects[name]
 
 
 # --- TLS ---------------------------------------------------------------------------------------

@@ -390,6 +390,19 @@ def test_a_name_is_sent_elsewhere_on_both_listeners(serving: Proxy, tmp_path: Pa
         assert get_tls(tls_port, name, path, certificate) == (200, "b0")
 
 
+def test_a_name_that_is_sent_to_its_own_tls_at_another_port_serves_there(
+    serving: Proxy, tmp_path: Path
+) -> None:
+    """The port that the world sees is not always SSLPort: 8443 in front of 443, as in UCP."""
+    certificate, key = make_certificate(tmp_path, "a.test")
+    tls_port = free_port()
+    redirects = (Redirect("a.test", "https://a.test:8443"),)
+    pushed = host(tls=Tls(certificate, key), redirects=redirects)
+    assert push(serving, Site((pushed,)), ssl_port=tls_port).status == 200
+    assert ask(serving, "/p?q").headers["location"] == "https://a.test:8443/p?q"
+    assert get_tls(tls_port, "a.test", "/p", certificate) == (200, "b0")
+
+
 def test_a_host_of_which_all_names_are_sent_elsewhere(serving: Proxy) -> None:
     push(serving, Site((host(redirects=(Redirect("a.test", "http://b.test/"),)),)))
     assert ask(serving, "/p").headers["location"] == "http://b.test/p"

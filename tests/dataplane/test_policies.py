@@ -534,6 +534,19 @@ def test_instances_with_one_secret_know_each_others_sessions(
         assert all(session_of(ask(named, s)) for s in sessions)
 
 
+@pytest.mark.parametrize("name", ["connect.sid", ".AspNetCore.Session"])
+def test_an_applications_cookie_may_have_dots_in_its_name(shared: Proxy, name: str) -> None:
+    with backends(4) as four:
+        for policy in (
+            {"sticky": {"kind": "app_cookie", "cookie": name}},
+            {"algorithm": "hash", "hash_key": f"cookie:{name}"},
+        ):
+            serve(shared, *(b.peer() for b in four), **policy)
+            homes = {f"s{n}": ask(shared, f"s{n}", name).text for n in range(40)}
+            assert set(homes.values()) == {b.name for b in four}
+            assert {s: ask(shared, s, name).text for s in homes} == homes
+
+
 def test_sessions_by_an_applications_cookie(shared: Proxy) -> None:
     with backends(4) as four:
         sticky = {"kind": "app_cookie", "cookie": "JSESSIONID"}

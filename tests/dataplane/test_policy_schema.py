@@ -11,7 +11,10 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from agent import model, policies
+from agent.compile import compile_snapshot
+from agent.config.settings import Settings
 from tests.dataplane.harness import ROOT, Proxy, upstream
+from tests.unit.clusters import instance, labels, service, snapshot
 
 SCHEMA = json.loads((ROOT / "docs" / "admin-api.schema.json").read_text())
 POLICY = SCHEMA["$defs"]["policy"]
@@ -127,3 +130,25 @@ def test_a_whole_policy_of_the_agent_is_valid_and_accepted(proxy: Proxy) -> None
     assert (answer.status, answer.json()["unsupported"]) == (200, [])
     shown = proxy.admin.call("GET", "/v1/membership/u").json()["policy"]
     assert policies.from_json(shown) == policy
+
+
+def test_the_longest_values_that_labels_take_are_accepted(proxy: Proxy) -> None:
+    host = ".".join(["a" * 63, "b" * 63, "c" * 63, "d" * 61])
+    asked = labels(hostname=host, domain="", context_root="/" + "r" * 239)
+    long = "x" * 128
+    main = labels(balance_algorithm=f"hdr({long})", sticky=f"cookie:{long}", health_check="/ping")
+    canary = labels(canary__cookie=long, canary__header=long, canary__header_value=long)
+    desired = compile_snapshot(
+        snapshot(
+            service("main", asked | main, instance("m1")),
+            service("next", asked | canary, instance("n1"), created=2.0),
+        ),
+        Settings(),
+    )
+    assert desired.rejections == ()
+    sent = {
+        name: upstream() | {"policy": dict(policies.to_json(item.policy))}
+        for name, item in desired.membership.upstreams.items()
+    }
+    assert len(sent) == 2
+    assert proxy.admin.put(sent).status == 200

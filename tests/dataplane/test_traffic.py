@@ -456,6 +456,40 @@ def test_it_runs_unprivileged_with_nothing_writable_but_its_directories(
     assert request(proxy.http_port, "/echo", method="POST", body=big).body == big
 
 
+@pytest.mark.parametrize("name", ["RUN", "STATE"])
+def test_a_directory_that_it_cannot_write_to_is_named_with_the_user(
+    make_proxy: Callable[..., Proxy], name: str
+) -> None:
+    # Nobody may make a directory there, not even root; and it has to stay as it is.
+    proxy = make_proxy(env={f"TIDEGATE_{name}_DIR": "/proc/tidegate"})
+    assert proxy.launch().wait(20) == 1
+    said = f"tidegate: TIDEGATE_{name}_DIR /proc/tidegate cannot be written to by user "
+    assert f"{said}{os.getuid()}" in proxy.output
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("TIDEGATE_ADMIN_TOKEN_FILE", "/none/token", "is not there for user"),
+        ("TIDEGATE_SESSION_SECRET_FILE", "/none/secret", "is not there for user"),
+        ("TIDEGATE_STATUS_PASSWORD_FILE", os.devnull, "is empty"),
+        ("TIDEGATE_LEASE_TTL", "0.0", "expected seconds above 0"),
+        ("TIDEGATE_LEASE_TTL", "1.2.3", "expected seconds"),
+        ("TIDEGATE_DICT_SIZE", "m", "expected a number with k, m or g"),
+        ("TIDEGATE_DICT_SIZE", "6m4", "expected a number with k, m or g"),
+        ("TIDEGATE_DICT_SIZE", "8k", "at least 64k is needed"),
+    ],
+)
+def test_an_environment_that_cannot_be_used_is_told_in_one_line(
+    make_proxy: Callable[..., Proxy], name: str, value: str, said: str
+) -> None:
+    proxy = make_proxy(env={name: value})
+    assert proxy.launch().wait(20) == 1
+    (line,) = proxy.output.splitlines()
+    assert line.startswith(f"tidegate: {name} ")
+    assert said in line
+
+
 def test_operators_files_are_included(make_proxy: Callable[..., Proxy]) -> None:
     proxy = make_proxy()
     port = free_port()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from agent.config import zookeeper
 from agent.config.kv import open_store
 from agent.config.stores import Content, Discovery, Store
 from agent.errors import SettingsError, StoreUnavailable
@@ -196,3 +197,32 @@ def test_a_value_that_is_no_text_is_an_error_of_the_settings(etcd):
     etcd.post("/v3/kv/put", key=encoded("blob"), value="/w==").raise_for_status()
     with pytest.raises(SettingsError, match="not UTF-8"):
         open_store(Discovery(f"{etcd.url}/blob")).read()
+
+
+def test_ctrl_c_does_not_wait_for_a_zookeeper_that_is_silent(monkeypatch):
+    class Silent:
+        def __init__(self, **_: object) -> None:
+            pass
+
+        def add_listener(self, _: object) -> None:
+            pass
+
+        def start(self, timeout: float) -> None:
+            raise KeyboardInterrupt
+
+        def stop(self) -> None:
+            raise AssertionError("this takes as long as its session may be silent")
+
+    monkeypatch.setattr(zookeeper, "KazooClient", Silent)
+    store = open_store(Discovery("zk://127.0.0.1:1"))
+    with pytest.raises(KeyboardInterrupt):
+        store.read()
+    store.close()
+
+
+def test_a_zookeeper_that_is_away_is_told_by_us_alone(monkeypatch, caplog):
+    monkeypatch.setattr(zookeeper, "ANSWER_TIMEOUT", 1.0)
+    store = open_store(Discovery(f"zk://127.0.0.1:{free_port()}"))
+    with pytest.raises(StoreUnavailable, match="cannot be reached"):
+        store.read()
+    assert caplog.records == []

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -12,7 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from agent import __version__
-from agent.cli import NEGATIVE, OK, UNREACHABLE, USAGE, main
+from agent.cli import INTERRUPTED, NEGATIVE, OK, UNREACHABLE, USAGE, main
 from agent.config.settings import load
 from agent.http import Listener, as_json
 
@@ -137,7 +142,6 @@ def test_check_finds_each_fault_and_gives_its_cure(config, free_port, tmp_path):
     config.write_text(
         config.read_text()
         + f"""
-        ListenAddr = "nonsense"
         [OpenResty]
         TokenFile = "{tmp_path}/no-token"
         URLs = ["http://127.0.0.1:{port}"]
@@ -149,13 +153,19 @@ def test_check_finds_each_fault_and_gives_its_cure(config, free_port, tmp_path):
     findings = json.loads(result.stdout)["findings"]
     failed = {item["subject"]: item for item in findings if item["level"] == "failed"}
     assert set(failed) == {
-        "settings",
         "token",
         "source static",
         f"OpenResty http://127.0.0.1:{port}",
     }
     assert "no-token cannot be read" in failed["token"]["text"]
     assert all(item["cure"] for item in failed.values())
+
+
+def test_settings_that_could_not_be_listened_by_are_refused_with_their_line(config):
+    config.write_text(f'ListenAddr = "nonsense"\n{config.read_text()}')
+    result = tidegate("check", "-c", config)
+    assert result.exit_code == USAGE
+    assert "line 1: ListenAddr: got 'nonsense', expected something like" in result.stderr
 
 
 def test_check_says_that_there_is_no_engine_and_how_to_do_without(tmp_path):
@@ -182,6 +192,24 @@ def test_check_tells_a_template_that_cannot_be_used(config, tmp_path):
     result = tidegate("check", "-c", config)
     assert result.exit_code == NEGATIVE
     assert "failed   templates" in result.stdout
+
+
+def test_check_tells_a_directory_of_templates_that_is_not_there(config, tmp_path):
+    config.write_text(config.read_text() + f'[[Extensions]]\nTemplatePath = "{tmp_path}/none"\n')
+    result = tidegate("check", "-c", config)
+    assert result.exit_code == NEGATIVE
+    assert f"failed   templates: TemplatePath {tmp_path}/none is no directory" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "what"), [(b"", "is empty"), (b"a\nb", "is no token"), (b"\xfc", "is no token")]
+)
+def test_check_tells_a_token_that_cannot_be_one(config, tmp_path, content, what):
+    (tmp_path / "token").write_bytes(content)
+    config.write_text(config.read_text() + f'[OpenResty]\nTokenFile = "{tmp_path}/token"\n')
+    result = tidegate("check", "-c", config)
+    assert result.exit_code == NEGATIVE
+    assert f"failed   token: OpenResty.TokenFile {tmp_path}/token {what}" in result.stdout
 
 
 def test_check_says_which_of_several_settings_counts(config, monkeypatch):
@@ -292,10 +320,116 @@ def test_status_without_an_agent_is_exit_code_3(free_port):
     url = f"http://127.0.0.1:{free_port()}"
     result = tidegate("status", "--url", url)
     assert result.exit_code == UNREACHABLE
-    assert f"no agent answers at {url}/api/state" in result.stderr
+    assert f"no agent answers at {url}/api/state: Connection refused" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {},
+        [],
+        7,
+        {"ready": True},
+        {**STATE, "sources": [1]},
+        {**STATE, "ready": False, "reasons": 5},
+    ],
+)
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_status_of_something_that_is_no_agent_is_exit_code_3(answer, form):
+    listener = Listener("127.0.0.1:0", {"/api/state": lambda: as_json(answer)})
+    listener.start()
+    try:
+        result = tidegate("status", "--url", f"http://127.0.0.1:{listener.port}", *form)
+    finally:
+        listener.stop()
+    if form and isinstance(answer, dict) and "ready" in answer:
+        assert json.loads(result.stdout) == answer  # as it is
+        return
+    assert (result.exit_code, result.stdout) == (UNREACHABLE, "")
+    assert "what answers is no agent of this version" in result.stderr
+
+
+@pytest.mark.parametrize("url", ["nowhere", "http://[::1", "ftp://x", "http://a..b"])
+def test_status_at_what_is_no_url_says_so(url):
+    result = tidegate("status", "--url", url)
+    assert result.exit_code == UNREACHABLE
+    assert f"no agent answers at {url}" in result.stderr
+    assert len(result.stderr.splitlines()) <= 2  # the other one: no settings were given
+
+
+# what holds for all
+
+
+def test_an_answer_that_cannot_be_written_is_told(config):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "agent.cli", "check", "-c", str(config)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            cwd=Path(__file__).resolve().parents[2],
+        )
+    assert done.returncode == UNREACHABLE
+    assert done.stderr.startswith("tidegate: the answer cannot be written: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_on_a_terminal_lines_are_broken_at_words(config, tmp_path):
+    labels = (
+        '"interlock.ssl" = "true"\n"interlock.port" = "' + "no port " * 20 + '"\n[[service.peer]]'
+    )
+    (tmp_path / "services.toml").write_text(STATIC.replace("[[service.peer]]", labels))
+    for command in (["check"], ["plan"], ["explain", "web"]):
+        ours, theirs = pty.openpty()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "agent.cli", *command, "-c", str(config)],
+            stdout=theirs,
+            env={**os.environ, "COLUMNS": "60"},
+            cwd=Path(__file__).resolve().parents[2],
+        )
+        os.close(theirs)
+        with os.fdopen(ours, "rb") as terminal, contextlib.suppress(OSError):  # its end
+            text = b""
+            while chunk := terminal.read1(65536):
+                text += chunk
+        process.wait(60)
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", text.decode()).splitlines()
+        assert any("no port" in line for line in lines)
+        assert [line for line in lines if len(line) > 60 and " " in line.strip()] == []
 
 
 # plan and explain
+
+
+@pytest.mark.parametrize("name", ["сайт".encode(), b"caf\xe9"], ids=["foreign", "no_text"])
+def test_a_name_that_the_terminal_cannot_show_is_told_all_the_same(config, name):
+    done = subprocess.run(
+        [sys.executable, "-X", "utf8", "-m", "agent.cli", "explain", name, "-c", str(config)],
+        capture_output=True,
+        timeout=60,
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    assert (done.returncode, b"Traceback" in done.stderr) == (NEGATIVE, False)
+    assert b"nothing is called " in done.stdout
+
+
+def test_ctrl_c_is_exit_code_130_and_one_line(config, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        asking = subprocess.Popen(
+            [sys.executable, "-m", "agent.cli", "status", "-c", str(config), "--url", url],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).resolve().parents[2],
+        )
+        silent.settimeout(60)
+        connection, _ = silent.accept()  # now it waits for the answer
+        with connection:
+            asking.send_signal(signal.SIGINT)
+            _, said = asking.communicate(timeout=60)
+    assert (asking.returncode, said) == (INTERRUPTED, "tidegate: interrupted\n")
 
 
 def test_plan_without_an_instance_says_that_nothing_would_be_pushed(config):
@@ -333,6 +467,19 @@ def test_explain_tells_the_steps_of_what_is_routed(config):
     result = tidegate("explain", "web.test", "-c", config)
     assert result.exit_code == OK
     assert "web.test: routed" in result.stdout
+
+
+def test_explain_tells_of_a_static_service_in_whole_sentences(config, tmp_path):
+    (tmp_path / "services.toml").write_text(
+        STATIC.replace('"interlock.domain" = "test"', '"interlock.tcp_port" = "5432"').replace(
+            '"interlock.hostname" = "web"\n', ""
+        )
+    )
+    lines = tidegate("explain", "web", "-c", config).stdout.splitlines()
+    assert "  + Its labels ask for TCP port 5432." in lines
+    reached = "  + Its instances are reached over the addresses that the static file gives"
+    assert any(line.startswith(reached) for line in lines)
+    assert "  + web 192.0.2.1:80 is up at 192.0.2.1:80." in lines
 
 
 def test_explain_of_what_is_not_routed_is_exit_code_1_with_the_reason(config, tmp_path):
@@ -394,7 +541,7 @@ def test_an_agent_that_cannot_be_asked_is_told_and_they_go_on(config, free_port,
     url = f"http://127.0.0.1:{free_port()}"
     result = tidegate(*command, "-c", config, "--url", url)
     assert result.exit_code == OK
-    note = f"the running agent could not be asked at {url}: ConnectionError, so what OpenResty"
+    note = f"the running agent could not be asked at {url}: Connection refused, so what OpenResty"
     assert result.stdout.count(note) == 1
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from clusters import check_golden, instance, labels, service, settings, snapshot
 from test_compile import as_json
 
 from agent.compile import Compiler, compile_snapshot
+from agent.compile.conflicts import POLICY_LABELS
 from agent.config.settings import OpenResty, Settings
+from agent.labels.names import OPTIONS
 from agent.model import (
     Algorithm,
     Attachment,
@@ -20,6 +22,7 @@ from agent.model import (
     InstanceState,
     Location,
     PeerState,
+    Policy,
     Protocol,
     Redirect,
     Rejection,
@@ -400,6 +403,7 @@ def test_containers_made_alike_share_a_port():
         ("443", DEFAULTS),
         ("8081", DEFAULTS),
         ("9000", Settings(openresty=OpenResty(admin_port=9000))),
+        ("9001", settings(grpc_port=9001)),
     ],
 )
 def test_the_proxys_own_ports_are_not_to_be_had(port, options):
@@ -500,7 +504,12 @@ def test_bodies_go_on_as_they_come_where_the_label_says_so():
         ({"protocol": "grpc"}, "interlock.protocol"),
         ({"mirror": "s.local"}, "interlock.mirror"),
         ({"request_buffering": "off"}, "interlock.request_buffering"),
-        ({"max_conns": "5"}, "the balancing policy"),
+        ({"max_conns": "5"}, "the balancing policy (interlock.max_conns)"),
+        ({"health_check": "/x"}, "(interlock.health_check or what belongs to it)"),
+        (
+            {"balance_algorithm": "uri", "read_timeout": "5s"},
+            "(interlock.balance_algorithm, interlock.hash_key, interlock.read_timeout or what",
+        ),
         ({"ssl_passthrough": ""}, "interlock.ssl_passthrough"),
     ],
 )
@@ -625,3 +634,8 @@ def test_golden_cluster_of_options():
         service("evil", labels(hostname="evil", backend_option="deny all;"), instance("e1")),
     ]
     check_golden("compile/options.json", as_json(compiled(*cluster, options=options)))
+
+
+def test_everything_of_a_policy_that_may_differ_has_its_label():
+    assert set(POLICY_LABELS) == {field.name for field in fields(Policy)} - {"canary"}
+    assert set(POLICY_LABELS.values()) <= OPTIONS

@@ -349,7 +349,7 @@ def test_a_rejection_is_logged_when_it_comes_and_when_it_goes(caplog):
     )
     with running(Rig(source)) as rig:
         source.publish(bad)
-        eventually(lambda: "service b is not served" in caplog.text)
+        eventually(lambda: "service b: interlock.hostname=" in caplog.text)
         source.publish(good)
         eventually(lambda: "service b: no longer rejected" in caplog.text)
         assert rig.controller.rejections() == ()
@@ -361,3 +361,19 @@ def test_two_starts_never_share_a_name():
     assert first.isascii()
     assert first.isprintable()
     assert len(first) <= 128
+
+
+def test_the_end_does_not_wait_for_a_source_that_hangs():
+    released = threading.Event()
+
+    class Hanging(FakeSource):
+        def run(self, publish, stop) -> None:
+            self._ready.set()
+            released.wait()
+
+    source = Hanging("swarm")
+    rig = Rig(source)
+    rig.controller.start()
+    assert source._ready.wait(10)
+    rig.controller.stop(3600)  # or the limit on the test's time
+    released.set()

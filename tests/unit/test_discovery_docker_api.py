@@ -590,3 +590,25 @@ def test_what_is_no_whole_list_is_no_list(text, size):
 
 def test_a_long_list_is_given_before_it_is_whole():
     assert next(elements(iter([b'[{"a":1},{"b"']), "/tasks")) == {"a": 1}
+
+
+@pytest.mark.parametrize("url", ["foo", "tcp://", "htp://x:1", "tcp://localhost:abc", "tcp://[::1"])
+def test_a_url_that_is_none_is_told_with_what_one_looks_like(url):
+    with pytest.raises(DiscoveryError, match=r"cannot be used: .* is like unix:///") as caught:
+        DockerEngine(Settings(docker_url=url))
+    assert not isinstance(caught.value, DockerUnavailable)  # it is no use to try again
+
+
+@pytest.mark.parametrize("key", ["TLSCACert", "TLSCert", "TLSKey"])
+def test_a_tls_file_that_is_not_there_is_named_with_its_key(tmp_path, key):
+    there = tmp_path / "there.pem"
+    there.write_text("-")
+    files = {"TLSCACert": there, "TLSCert": there, "TLSKey": there, key: tmp_path / "none.pem"}
+    given = {name: str(file) for name, file in files.items()}
+    with pytest.raises(DiscoveryError, match=f"{key} .*none.pem cannot be read: no such file"):
+        DockerEngine(Settings(DockerURL="tcp://127.0.0.1:1", **given))
+
+
+def test_a_certificate_without_its_key_is_told():
+    with pytest.raises(DiscoveryError, match="TLSCert is of no use without TLSKey"):
+        DockerEngine(Settings(docker_url="tcp://127.0.0.1:1", tls_cert="/c.pem"))

@@ -81,6 +81,12 @@ def _running(path: Path) -> Iterator[Following]:
 
 
 class TestContent:
+    def test_a_mark_in_front_and_lines_as_windows_writes_them(self, path: Path) -> None:
+        path.write_bytes(b"\xef\xbb\xbf" + WEB.replace("\n", "\r\n").encode())
+        snapshot = source(path).read_once()
+        assert snapshot.rejections == ()
+        assert named(snapshot, "web") is not None
+
     def test_a_service_with_its_peers(self, path: Path) -> None:
         snapshot = source(path).read_once()
         web = named(snapshot, "web")

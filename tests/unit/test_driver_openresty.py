@@ -397,3 +397,17 @@ def test_a_token_file_that_cannot_be_read_is_named(server, tmp_path: Path):
     token = Token(token="", file=str(tmp_path / "none"))
     with pytest.raises(InstanceUnauthorized, match="none cannot be read"):
         instance(server.url, token=token).status()
+
+
+@pytest.mark.parametrize("text", ["two\nlines", "ü"])
+def test_a_token_that_cannot_be_sent_is_told_and_not_sent(server, tmp_path: Path, text: str):
+    (tmp_path / "token").write_text(text)
+    for token in (Token(token=text, file=""), Token(token="", file=str(tmp_path / "token"))):
+        with pytest.raises(InstanceUnauthorized, match="is no token"):
+            instance(server.url, token=token).status()
+    assert server.requests == []
+
+
+def test_a_host_that_cannot_be_one_is_an_instance_that_cannot_be_reached():
+    with pytest.raises(InstanceUnreachable, match=r"http://a\.\.b:1"):
+        instance("http://a..b:1").status()

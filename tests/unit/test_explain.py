@@ -112,11 +112,19 @@ def test_what_stopped_it_is_told(name, reason):
         "https://shop.example.com/some/path?x=1",
         "shop.example.com:8080",
         " shop.example.com ",
+        "http://me@shop.example.com:8080?x=1",
     ],
 )
 def test_a_host_is_found_as_people_type_it(name):
     account = ask(name).accounts[0]
     assert (account.kind, account.name, account.routed) == ("host", "shop.example.com", True)
+
+
+@pytest.mark.parametrize("name", ["bücher.example.com", "https://BÜCHER.example.com/x"])
+def test_a_host_with_other_letters_is_found_as_people_type_it(name):
+    wants = labels(hostname="bücher", domain="example.com")
+    account = ask(name, service("books", wants, instance("b1"))).accounts[0]
+    assert (account.name, account.routed) == ("xn--bcher-kva.example.com", True)
 
 
 def test_a_host_that_a_wildcard_covers_is_found():
@@ -145,6 +153,11 @@ def test_an_instance_is_told_of_without_its_siblings():
     assert (account.kind, account.routed) == ("instance", False)
     assert "draining at 10.0.1.2:80" in account.steps[-1].text
     assert not any("web1" in step.text for step in account.steps)
+
+
+def test_the_id_of_an_instance_that_is_an_address_is_not_cut():
+    told = ask("web", service("web", labels(hostname="a"), instance("127.0.0.1:8080", "127.0.0.1")))
+    assert any("(127.0.0.1:8080)" in step.text for step in told.accounts[0].steps)
 
 
 def test_nothing_found_suggests_what_is_near():

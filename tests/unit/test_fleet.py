@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -229,7 +230,8 @@ def test_a_dict_that_fills_up_is_told_before_it_is_full(nginx):
     assert "TIDEGATE_DICT_SIZE" in told.hint
 
 
-def test_what_an_instance_says_of_certificates_is_told_until_it_is_cured(nginx):
+def test_what_an_instance_says_of_certificates_is_told_until_it_is_cured(nginx, caplog):
+    caplog.set_level(logging.INFO)
     tls = BackendTls(verify=True, ca="/ca.pem")
     secure = Location("/api", "a/api", backend_tls=tls)
     site = Site((Host("a", (), (Location("/", "a/"), secure)),))
@@ -256,6 +258,11 @@ def test_what_an_instance_says_of_certificates_is_told_until_it_is_cured(nginx):
         nginx.certificate_problems, nginx.certificates_serial = (), 2
         eventually(lambda: rig.fleet.rejections() == ())
         assert nginx.names("certificates") == ["certificates"] * 2
+        # The log has it too, once when it comes and once when it goes.
+        eventually(lambda: "default certificate: over (certificate_expires_soon)" in caplog.text)
+        logged = [record.getMessage() for record in caplog.records]
+        assert sum("host a: it is not there (certificate_missing)" in line for line in logged) == 1
+        assert sum("host a: over (certificate_missing)" in line for line in logged) == 1
 
 
 def test_http3_that_an_instance_cannot_do_is_told(nginx):

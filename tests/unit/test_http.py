@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import socket
+import struct
+import threading
+import time
 
 import pytest
 
+from agent import http as module
 from agent.errors import SettingsError
 from agent.http import Listener, Page, as_json, parse_listen
 
@@ -120,3 +125,43 @@ def test_without_a_host_every_address_is_listened_on():
         assert ask(listener, "/healthz")[0].status == 200
     finally:
         listener.stop()
+
+
+def test_a_host_that_cannot_be_one_is_told_like_an_address_that_is_taken():
+    with pytest.raises(SettingsError, match='é:0" cannot be listened on'):
+        Listener("é" * 80 + ":0", {})
+
+
+def test_a_client_that_goes_away_leaves_no_traceback(caplog, capfd):
+    caplog.set_level(logging.DEBUG, "agent.http")
+    gone = threading.Event()
+
+    def long() -> Page:
+        gone.wait(10)
+        return Page(200, "text/plain", b"x" * 50_000_000)
+
+    listener = Listener("127.0.0.1:0", {"/long": long})
+    listener.start()
+    try:
+        client = socket.create_connection(("127.0.0.1", listener.port))
+        client.sendall(b"GET /long HTTP/1.1\r\nHost: x\r\n\r\n")
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+        gone.set()
+        deadline = time.monotonic() + 30
+        while "has gone away" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        listener.stop()
+    assert "has gone away" in caplog.text
+    assert "Traceback" not in caplog.text + capfd.readouterr().err
+
+
+def test_who_stops_it_does_not_wait_for_its_next_look(monkeypatch):
+    monkeypatch.setattr(module, "LOOK_INTERVAL", 3600.0)
+    listener = Listener("127.0.0.1:0", {"/healthz": lambda: as_json({})})
+    listener.start()
+    assert ask(listener, "/healthz")[0].status == 200
+    listener.stop()  # or the limit on the test's time
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.1", listener.port))

@@ -373,3 +373,39 @@ def test_the_label_of_an_unmerged_change_is_told_of():
     reading = read({"interlock.ext.service_name": "x"})
     assert [item.reason for item in reading.rejections] == ["label_ignored"]
     assert "ServiceClusters" in reading.rejections[0].hint
+
+
+def test_a_list_may_be_as_long_as_a_service_has_hosts():
+    hosts = [f"customer-{number:04}.example.com" for number in range(500)]
+    route = the_route(docker(hosts=",".join(hosts)))
+    assert (route.host, *route.aliases) == tuple(hosts)
+
+
+@pytest.mark.parametrize(
+    "redirects",
+    [
+        "http://a.example.com,http://b.example.com;http://b.example.com,http://a.example.com",
+        "a.example.com,b.example.com;b.example.com,c.example.com;"
+        "c.example.com,https://a.example.com/deeper",
+    ],
+)
+def test_a_redirect_that_leads_back_is_refused_alone(redirects):
+    hosts = "a.example.com,b.example.com,c.example.com"
+    reading = read(docker(hosts=hosts, redirects=redirects))
+    (route,) = reading.routes
+    assert len(route.redirects) == redirects.count(";")
+    (refused,) = reading.rejections
+    assert refused.reason == "invalid_label"
+    assert "lead back" in refused.message
+
+
+def test_a_bad_redirect_is_told_by_itself():
+    reading = read(docker(hosts="a.example.com", redirects="http://a.example.com,x.org;nonsense"))
+    (refused,) = reading.rejections
+    assert refused.message == 'com.docker.lb.redirects="nonsense" is not a redirect.'
+
+
+@pytest.mark.parametrize("label", ["com.docker.lb.bogus", "interlock.x.", "interlock.version"])
+def test_nothing_is_suggested_where_nothing_is_near(label):
+    told = [item for item in read({label: "1"}).rejections if item.reason == "label_ignored"]
+    assert [item.hint for item in told] == ["See docs/labels.md for the known labels."]

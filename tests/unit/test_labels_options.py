@@ -261,6 +261,8 @@ BAD_TIMES = ("", "-1", "1x", "1 s", "s", "1e3", "1s2", "9d9", "99999999999", "1_
 )
 def test_what_is_no_time_is_refused(option, beside):
     for text in BAD_TIMES:
+        if option == "health_check_interval" and not text:
+            continue
         refusal = the_refusal(**{option: text}, **beside)
         assert refusal.reason == "invalid_label"
         assert f"interlock.{option}=" in refusal.message
@@ -754,3 +756,47 @@ def test_every_option_of_the_vocabulary_is_read():
         wants = labels(hostname="a", ssl_backend="", health_check="/", sticky="cookie", ssl="")
         wants |= {f"interlock.{option}": "\x00"}
         assert read_labels(service("web", wants)).rejections, option
+
+
+@pytest.mark.parametrize("name", ["connect.sid", "ASP.NET_SessionId", ".AspNetCore.Session"])
+def test_cookies_may_have_dots_in_their_names(name):
+    assert the_policy(sticky_session_cookie=name).sticky == Sticky(StickyKind.APP_COOKIE, name)
+    assert the_policy(sticky=f"app:{name}").sticky == Sticky(StickyKind.APP_COOKIE, name)
+    assert the_policy(hash_key=f"cookie:{name}").hash_key == f"cookie:{name}"
+    assert the_route(canary__cookie=name).canary == Canary("", cookie=name)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "allow 10.0.0.0/8; deny all;",
+        "deny all",
+        "allow 10.0.0.0/8;\ndeny all;\n",
+        'auth_basic "members {only}";',
+        "limit_except GET { deny all; }",
+        "if ($bad) { DENY all; }",
+    ],
+)
+def test_a_protection_that_cannot_be_read_refuses_the_route(value):
+    for rules in (Rules(), Rules(directives=frozenset({"allow", "deny", "auth_basic"}))):
+        reading = read(rules=rules, backend_option=value)
+        assert reading.routes == ()
+        assert "interlock.backend_option.0" in " ".join(item.hint for item in reading.rejections)
+
+
+def test_another_option_that_cannot_be_read_is_refused_alone():
+    reading = read(backend_option="proxy_hide_header X-Allow; gzip on;")
+    assert len(reading.routes) == 1
+    assert [item.reason for item in reading.rejections] == ["invalid_label"]
+
+
+def test_no_interval_is_the_usual_one_as_interlock_had_it():
+    assert the_policy(health_check_interval="").check == Check(CheckKind.TCP)
+    assert the_policy(health_check_interval="0").check == Check(CheckKind.TCP)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("word", ["$aa", '"$aa" ', "a ", "/$a1"])
+def test_a_directive_that_is_none_is_told_without_trying_for_ever(word):
+    reading = read(backend_option=f"add_header {word * 200}{{;")
+    assert [item.reason for item in reading.rejections] == ["invalid_label"]

@@ -173,7 +173,34 @@ class TestReading:
 
     def test_an_env_file_line_that_is_none_is_refused(self):
         with pytest.raises(ComposeFileError, match=r"\.env:2: expected NAME=value"):
-            read("services: {}", env_file="A=1\nnonsense\n")
+            read("services: {}", env_file="A=1\nno sense\n")
+
+    def test_an_env_file_as_people_have_them(self):
+        text = "services: {a: {labels: ['a=$A', 'b=$B', 'c=$C', 'd=$D', 'e=$E', 'f=$F']}}"
+        env_file = (
+            '\ufeffKEY="-----BEGIN\r\nab=c\r\n-----END" # its end\r\n'
+            "BASE=example.com\r\nA=shop.${BASE}\r\nB='shop.${BASE}'\r\n"
+            'C="a \\"b\\" ${NONE:-c}"\r\nD=pa$$$ord\r\nmy-own.name=1\r\nE\r\nF=$G\r\n'
+        )
+        environment = {"E": "outer", "G": "of the environment"}
+        labels = only(read(text, environment=environment, env_file=env_file)).labels
+        assert {name: item.value for name, item in labels.items()} == {
+            "a": "shop.example.com",
+            "b": "shop.${BASE}",
+            "c": 'a "b" c',
+            "d": "pa$",
+            "e": "outer",
+            "f": "of the environment",
+        }
+
+    def test_variables_nested_too_deeply_are_refused(self):
+        text = "${A:-" * 3000 + "}" * 3000
+        with pytest.raises(ComposeFileError, match=r"^a\.yml:1: variables are nested too deeply"):
+            read(f"services: {{a: {{hostname: '{text}'}}}}", env_file=f"B={text}")
+
+    def test_an_env_file_with_an_open_quote_is_refused(self):
+        with pytest.raises(ComposeFileError, match=r"\.env:2: the quote is not closed"):
+            read("services: {}", env_file='A=1\nB="x\ny\n')
 
     def test_the_env_file_is_told_where_docker_does_not_read_it(self):
         text = "services: {a: {deploy: {labels: ['x=$A']}}}"
@@ -762,3 +789,23 @@ class TestCommand:
         assert "read as compose" in tidegate("--kind", "compose", stack).stdout
         result = tidegate("--proxy-network", "x", "--proxy-network", "y", stack)
         assert "OpenResty is on: " in result.stdout
+
+
+def test_protocols_of_ports_are_read_in_any_case():
+    text = 'services:\n  a:\n    image: x\n    ports: ["80/TCP", "53/UDP"]\n    expose: [81/TCP]\n'
+    service = only(read(text))
+    assert (service.ports, service.expose) == ((Port(80),), (81,))
+
+
+def test_a_label_with_a_colon_in_a_list_is_told():
+    report = judge('services:\n  a:\n    labels: ["interlock.hostname: shop"]\n')
+    assert "NAME=VALUE" in report.findings[0].hint
+
+
+def test_what_expose_does_not_say_is_told_in_the_dialect_of_the_service():
+    text = (
+        "services:\n  a:\n    expose: [80]\n    deploy:\n      labels:\n"
+        "        com.docker.lb.hosts: a.example.com\n"
+    )
+    (finding,) = (item for item in of(judge(text), "a").findings if item.reason == "expose")
+    assert finding.hint == "Name the port in the label com.docker.lb.port."

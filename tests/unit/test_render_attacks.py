@@ -255,6 +255,7 @@ LENIENT = Settings(
 )
 """An operator who allows some directives."""
 WORD = re.compile(r"[A-Za-z0-9_-]{1,128}")
+COOKIE = re.compile(r"[A-Za-z0-9._-]{1,128}")
 TARGET = re.compile(r"(https?://)?[a-z0-9._-]{1,253}(:[0-9]{1,5})?(/[A-Za-z0-9._~!&+=@*-]*)*")
 DIRECTIVE = re.compile(r"(a|add_header|proxy_hide)( [^;{}\\\\\x00-\x1f\x7f-\uffff]*)?;")
 HSTS = re.compile(r"(max-age=[0-9]{1,10}(; includeSubDomains)?(; preload)?)?")
@@ -263,10 +264,10 @@ FILE = re.compile(r"/(etc/tidegate/certs|run/secrets)(/[A-Za-z0-9._@+=~-]+)+")
 
 def check_policy(policy: Policy) -> None:
     """What the data plane takes: the same bounds as in `policy.lua`, written down once more."""
-    assert re.fullmatch(r"([a-z]+(:[A-Za-z0-9_-]{1,128})?)?", policy.hash_key)
+    assert re.fullmatch(r"([a-z]+(:[A-Za-z0-9._-]{1,128})?)?", policy.hash_key)
     assert policy.hash_balance == 0 or 1 < policy.hash_balance <= 100
     if policy.sticky is not None:
-        assert WORD.fullmatch(policy.sticky.cookie or "x")
+        assert COOKIE.fullmatch(policy.sticky.cookie or "x")
         assert policy.sticky.same_site in ("Lax", "Strict", "None")
         assert re.fullmatch(r"/[^\x00-\x20;\x7f-\uffff\"$]*", policy.sticky.path)
         assert 0 <= policy.sticky.max_age <= 400 * 86400
@@ -279,8 +280,8 @@ def check_policy(policy: Policy) -> None:
         assert 0.01 <= policy.check.timeout <= 300
     if policy.canary is not None:
         assert 0 <= policy.canary.weight <= 100
-        for name in (policy.canary.header, policy.canary.cookie):
-            assert WORD.fullmatch(name or "x")
+        assert WORD.fullmatch(policy.canary.header or "x")
+        assert COOKIE.fullmatch(policy.canary.cookie or "x")
         assert re.fullmatch(r"[ -~]{0,128}", policy.canary.header_value)
     assert all(re.fullmatch(r"[a-z0-9_]{1,64}", word) for word in policy.retry.on)
     assert 0 <= policy.panic <= 1

@@ -72,13 +72,28 @@ def test_keys_of_tables_match_in_any_case():
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [('"500ms"', 0.5), ('"1m30s"', 90), ('"1h"', 3600), ("2", 2), ("0.25", 0.25)],
+    [
+        ('"500ms"', 0.5),
+        ('"1m30s"', 90),
+        ('"1h"', 3600),
+        ('"1.5h"', 5400),
+        ('".5s"', 0.5),
+        ('"5.s"', 5),
+        ('"250\u00b5s"', 0.00025),
+        ('"250\u03bcs"', 0.00025),
+        ('"1s500000000ns"', 1.5),
+        ('"0"', 0),
+        ("2", 2),
+        ("0.25", 0.25),
+    ],
 )
 def test_durations_are_read_as_go_did(text, seconds):
-    assert settings(f"PollInterval = {text}").poll_interval == seconds
+    assert settings(f"PollInterval = {text}").poll_interval == pytest.approx(seconds)
 
 
-@pytest.mark.parametrize("text", ['"soon"', '"5"', '"5 parsecs"', "true", '"-1s"', "-1"])
+@pytest.mark.parametrize(
+    "text", ['"soon"', '"5"', '"5 parsecs"', "true", '"-1s"', "-1", "inf", "nan"]
+)
 def test_a_duration_that_is_none_is_refused_by_name(text):
     found = problem(f"PollInterval = {text}")
     assert "PollInterval" in found
@@ -517,7 +532,7 @@ def test_each_key_of_interlock_2_that_is_not_used_says_so():
 def test_what_interlock_2_did_not_know_is_told_in_its_form_too():
     (remark,) = load("[Extensions.x]\nPrt = 8", where="c")[1]
     assert remark.unknown
-    assert "unknown key Extensions[0].Prt" in str(remark)
+    assert "unknown key Extensions.x.Prt" in str(remark)
 
 
 # --- what is in front of OpenResty
@@ -574,3 +589,124 @@ def test_the_proxy_protocol_without_trusted_proxies_is_told():
 def test_settings_for_connections_of_clients_are_checked(line):
     with pytest.raises(SettingsError):
         load(f"[[Extensions]]\n{line}", where="c")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "127.0.0.1:8081", "localhost:8081", "http://", "http://h:port", "http://h:0", "ftp://h",
+        "http://[::1", "http://user:word@h", "http://h/?x", "unix:relative", "/run/admin.sock",
+    ],
+)  # fmt: skip
+def test_an_admin_url_that_is_none_is_told_with_what_is_expected(url):
+    said = problem(f'[OpenResty]\nURLs = ["http://good:8081", "{url}"]')
+    assert said == (
+        f"config.toml: line 2: OpenResty.URLs[1]: got '{url}', expected "
+        '"http://HOST:PORT", "https://HOST:PORT" or "unix:/PATH"'
+    )
+
+
+@pytest.mark.parametrize("url", ["http://h", "https://h:1", "http://[::1]:1/base", "unix:/run/x"])
+def test_an_admin_url_is_taken_as_it_is(url):
+    assert settings(f'[OpenResty]\nURLs = ["{url}"]').openresty.urls == (url,)
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", '"999999h"', "31536001"])
+def test_a_time_is_one_that_can_be_waited_for(value):
+    assert "PollInterval" in problem(f"PollInterval = {value}")
+
+
+@pytest.mark.parametrize("text", [f"Port = {'9' * 5000}", f"x = {'[' * 5000}{']' * 5000}"])
+def test_toml_that_no_reader_takes_is_told_like_toml_that_is_none(text):
+    assert problem(text).startswith("config.toml: not valid TOML: ")
+
+
+def test_a_mark_in_front_and_lines_as_windows_writes_them():
+    text = '\ufeffListenAddr = ":9"\r\n[[Extensions]]\r\nName = "nginx"\r\nPort = 8000\r\n'
+    read, warnings = load(text, where="c")
+    assert (read.listen_addr, read.extension.port, warnings) == (":9", 8000, ())
+
+
+def test_a_key_that_is_there_in_two_spellings_is_told_and_the_first_counts():
+    read, (warning,) = load('ListenAddr = ":1"\nlistenaddr = ":2"', where="c")
+    assert read.listen_addr == ":1"
+    assert str(warning) == (
+        "c: listenaddr is the same key as ListenAddr, whose value counts; remove one of the two"
+    )
+
+
+@pytest.mark.parametrize(
+    ("lines", "key"),
+    [
+        ("Port = 443", "SSLPort"),
+        ("Port = 8443\nSSLPort = 8443", "SSLPort"),
+        ("GRPCPort = 80", "GRPCPort"),
+        ("GRPCPort = 443", "GRPCPort"),
+    ],
+)
+def test_two_listeners_on_one_port_are_refused(lines, key):
+    found = problem(f"[[Extensions]]\nName = 'nginx'\n{lines}")
+    assert f"Extensions[0].{key}: got" in found
+    assert "another port than that of" in found
+
+
+def test_no_listener_is_on_no_port():
+    read = settings("[[Extensions]]\nName = 'nginx'\nPort = 443\nSSLPort = 0")
+    assert (read.extension.port, read.extension.ssl_port) == (443, 0)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "ResyncInterval = 0",
+        'RequestTimeout = "0s"',
+        "[OpenResty]\nHeartbeat = 0",
+        "[OpenResty]\nTimeout = 0.0",
+    ],
+)
+def test_a_time_without_which_a_loop_would_spin_is_not_nothing(line):
+    assert "more than 0" in problem(line)
+
+
+def test_what_is_tried_again_is_in_words_of_nginx():
+    found = problem("[[Extensions]]\nProxyNextUpstream = 'error timeouts'")
+    assert "line 2: Extensions[0].ProxyNextUpstream: got 'error timeouts'" in found
+    assert "invalid_header" in found
+
+
+def test_a_wrong_value_of_interlock_2_is_told_where_it_stands():
+    with pytest.raises(SettingsError) as caught:
+        load(
+            "[Extensions]\n"
+            "[Extensions.default]\n"
+            'TargetPort = "80"\n'
+            "[Extensions.default.Config]\n"
+            'ConnectTimeout = "6s"\n'
+            'KeepaliveTimeout = "soon"\n',
+            where="c",
+        )
+    assert caught.value.problems == (
+        "c: line 3: Extensions.default.TargetPort: got '80', expected a whole number",
+        "c: line 5: Extensions.default.Config.ConnectTimeout: got '6s', expected a whole number",
+        "c: line 6: Extensions.default.Config.KeepaliveTimeout: got 'soon', "
+        'expected a duration such as "500ms" or "1m30s"',
+    )
+
+
+def test_an_unknown_key_of_interlock_2_is_told_where_it_stands():
+    _, (warning,) = load("[Extensions.default.Config]\nVersion = 'x'", where="c")
+    assert str(warning) == "c: unknown key Extensions.default.Config.Version is ignored"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'ListenAddr = "8080x"',
+        'ListenAddr = ":99999"',
+        '[[Extensions]]\nSSLCiphers = "HIGH$x"',
+        '[[Extensions]]\nSSLCiphers = "a\\nb"',
+        '[[Extensions]]\nDHParamPath = "a\\tb"',
+    ],
+)
+def test_what_could_never_come_into_force_is_refused_at_once(line):
+    assert "expected" in problem(line)

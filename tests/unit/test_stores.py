@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,3 +129,10 @@ def test_tls_files_have_to_be_there_and_come_in_pairs(tmp_path):
         parse(Discovery("etcd://h", ca=str(tmp_path / "none.pem")))
     with pytest.raises(SettingsError, match=r"one without the other"):
         parse(Discovery("etcd://h", cert="x.pem"))
+
+
+def test_zookeepers_library_says_nothing_by_itself():
+    """Commands other than run set up no logging, and Python then prints every warning."""
+    code = "import agent.config.zookeeper, logging; logging.getLogger('kazoo.client').error('x')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=True)
+    assert done.stderr == b""

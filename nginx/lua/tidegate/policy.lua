@@ -18,6 +18,7 @@ local type = type
 local MAX_SECONDS = 86400
 local MAX_COUNT = 1000000
 local NAME = "^[A-Za-z0-9_-]+$"
+local COOKIE = "^[A-Za-z0-9._-]+$"
 local STATUS = "^[0-9,-]+$"
 local WORD = "^[a-z0-9_]+$"
 
@@ -116,16 +117,16 @@ end
 
 local POLICY = object({
     algorithm = text(WORD, nil, 64),
-    hash_key = text("^[a-z]+:?[A-Za-z0-9_-]*$", ""),
+    hash_key = text("^[a-z]+:?[A-Za-z0-9._-]*$", "", 160),
     hash_balance = number(0, 100, 0),
     sticky = object({
         kind = one_of({ "cookie", "app_cookie", "ip" }),
-        cookie = text(NAME, ""),
+        cookie = text(COOKIE, ""),
         max_age = whole(0, 400 * 86400, 0),
         secure = flag(false),
         http_only = flag(true),
         same_site = text("^[A-Za-z]*$", "Lax"),
-        path = text("^/[^%c; ]*$", "/"),
+        path = text("^/[^%c; ]*$", "/", 255),
     }, false),
     slow_start = number(0, MAX_SECONDS, 0),
     max_conns = whole(0, MAX_COUNT, 0),
@@ -136,7 +137,7 @@ local POLICY = object({
         weight = whole(0, 100, 0),
         header = text(NAME, ""),
         header_value = text("^[ -~]+$", ""),
-        cookie = text(NAME, ""),
+        cookie = text(COOKIE, ""),
     }, false),
     check = object({
         kind = one_of({ "tcp", "http" }),
