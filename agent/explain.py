@@ -521,9 +521,10 @@ class _Teller:
 
     def _instance_step(self, workload: Workload, instance: Instance, examined: Examined) -> Step:
         node = f" on {instance.node}" if instance.node else ""
-        # The name of a static peer has its id in it. Docker's ids are known by their beginning.
-        static = workload.kind is WorkloadKind.STATIC
-        which = "" if static else f" ({instance.id[:_SHOWN_IDS]})"
+        # An id of Docker's is known by its beginning; cut, an address would be another one.
+        shown = instance.id[:_SHOWN_IDS] if instance.id.isalnum() else instance.id
+        # The name of a static peer has its id in it.
+        which = "" if workload.kind is WorkloadKind.STATIC else f" ({shown})"
         who = f"{instance.name or 'instance'}{which}{node}"
         why = f": {instance.detail}" if instance.detail else ""
         if instance.state is InstanceState.WAITING:

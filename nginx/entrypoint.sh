@@ -249,6 +249,9 @@ for limit in "main worker_processes $workers" "events worker_connections $worker
 done
 [ -L "$state/site/current" ] || ln -s builtin "$state/site/current"
 
+# What request ids begin with, so that no two instances and no two starts make the same.
+start_id=$(od -A n -N 8 -t x1 /dev/urandom | tr -d ' \n')
+
 stream_part=
 if [ "$stream" = true ]; then
     stream_part=$home/stream.conf
@@ -278,6 +281,7 @@ cat -- "$home/nginx.conf" $stream_part | sed -e "s|@MODULES@|$modules|g" \
     -e "s|@ADMIN_TLS@|$admin_tls|g" \
     -e "s|@CONF_DIR@|$conf_dir|g" \
     -e "s|@STREAM@|$stream|g" \
+    -e "s|@START_ID@|$start_id|g" \
     >"$run/nginx.conf"
 
 # A site that was good may not load any more (a certificate is gone, a port is taken away). Then

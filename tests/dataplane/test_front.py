@@ -321,7 +321,7 @@ def test_a_request_id_is_passed_on_or_made_and_told_to_both_sides(
     if kept:
         assert told == sent
     else:
-        assert re.fullmatch("[0-9a-f]{32}", told)
+        assert re.fullmatch("[0-9a-f]{16}-[0-9]+-[0-9]+", told)
 
 
 def test_answers_of_our_own_have_a_request_id_too(serving: Proxy) -> None:

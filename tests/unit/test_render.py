@@ -554,7 +554,9 @@ def nginx_test(nginx_root: Path, files: dict[str, str]) -> subprocess.CompletedP
     )
     (nginx_root / "nginx.conf").write_text(
         f'{modules}pid "{nginx_root}/pid";\nerror_log stderr;\nevents {{}}\n'
-        f"http {{ {temp} access_log off;\ninclude conf.d/http.inc;\ninclude site/*.conf; }}\n"
+        f"http {{ {temp} access_log off;\ninclude conf.d/http.inc;\n"
+        "map $http_x_request_id $tidegate_request_id { default $request_id; }\n"
+        "include site/*.conf; }\n"
     )
     return subprocess.run(
         [NGINX, "-t", "-p", str(nginx_root), "-c", str(nginx_root / "nginx.conf")],

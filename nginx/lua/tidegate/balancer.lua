@@ -1,8 +1,8 @@
 --- Picks the peer for a request: all that Tidegate does on the path of every request.
 --
--- Why: one read of the upstream's name, one of its version number; all else is this worker's own
--- memory until that number changes. Which peer it is says `tidegate.selection`, which ones can be
--- sent to `tidegate.health`. Nothing here waits; a request that finds no peer fails over to
+-- Why: one read of the upstream's name, one of the number of the newest change; all else is this
+-- worker's own memory until that changes. Which peer it is says `tidegate.selection`, which ones
+-- can be sent to `tidegate.health`. Nothing here waits; a request that finds no peer fails over to
 -- `tidegate.hold`.
 
 local attempts = require "tidegate.attempts"
@@ -20,22 +20,25 @@ local policies = require "tidegate.policy"
 local queue = require "tidegate.queue"
 local retry = require "tidegate.retry"
 local selection = require "tidegate.selection"
+local signal = require "tidegate.signal"
 local sticky = require "tidegate.sticky"
 local store = require "tidegate.store"
 
 local ptr = ngx.shared.tidegate_ptr
 
 local begin = metrics.begin
+local calm = health.calm
 local cast = ffi.cast
+local collect = collectgarbage
 local exit = ngx.exit
 local get_last_failure = balancer.get_last_failure
 local host_of = peers.host
 local look = health.look
 local match = string.match
+local newest_change = signal.newest
 local ngx = ngx
 local note_end = health.note_end
 local now = ngx.now
-local pairs = pairs
 local select_peer = selection.select
 local set_current_peer = balancer.set_current_peer
 local set_more_tries = balancer.set_more_tries
@@ -50,7 +53,13 @@ local NO_PEER = attempts.NO_PEER
 
 local _M = {}
 
-local known = {}            -- upstream name → what this worker has made of its version
+-- Upstream name → what this worker has made of its version. Each takes some kB, so that not all of
+-- thousands are kept: a full table becomes the older one, from which comes back what is asked for.
+local ROOM = 500
+-- What the collector is told to do per version that is opened, in kB: more than that takes, so that
+-- what was forgotten is gone before it adds up to much.
+local STEP = 8
+local known, older, count = {}, {}, 0
 local origins = {}          -- request that went to a canary → name of the upstream it came from
 
 
@@ -88,39 +97,71 @@ local function open(name, blob, number, before)
 end
 
 
-local function refresh(name, before)
-    local blob, number = store.get(name)
-    local upstream = blob and open(name, blob, number, before)
+local function age()
+    known, older, count = {}, known, 0
+end
+
+
+local function keep(name, upstream)
+    if not known[name] then
+        if count == ROOM then
+            age()
+        end
+        count = count + 1
+    end
     known[name] = upstream
+end
+
+
+-- What this worker has made of upstream `name`, as far as it has kept that.
+local function recall(name)
+    local upstream = known[name]
+    if not upstream then
+        upstream = older[name]
+        if upstream then
+            keep(name, upstream)
+        end
+    end
     return upstream
 end
 
 
---- Upstream `name` as it is now; nil where there is none.
-local function lookup(name)
-    local number = ptr:get(name)
-    local upstream = known[name]
-    if upstream and upstream.number == number then
-        return upstream
+local function refresh(name, before)
+    local blob, number = store.get(name)
+    if not blob then
+        known[name], older[name] = nil, nil
+        return nil
     end
-    return refresh(name, upstream)
+    collect("step", STEP)
+    local upstream = open(name, blob, number, before)
+    keep(name, upstream)
+    return upstream
 end
 
 
 --- Upstream `name` as it is now, with what is known of its peers' health; nil where there is none.
 function _M.lookup(name)
-    local upstream = lookup(name)
+    local upstream, newest = recall(name), newest_change()
+    if upstream and upstream.seen == newest then
+        return upstream
+    end
+    if not upstream or upstream.number ~= ptr:get(name) then
+        upstream = refresh(name, upstream)
+    end
     if upstream then
-        look(upstream)
+        upstream.seen = look(upstream) and newest
     end
     return upstream
 end
 
 
+local lookup = _M.lookup
+
+
 --- Whether no admitted peer is left that can be sent to. It takes nobody's turn, so that it may be
 -- asked before each request.
 function _M.is_exhausted(upstream)
-    if upstream.up > 0 and health.calm(upstream) then
+    if upstream.up > 0 and calm(upstream) then
         return false
     end
     local at = now()
@@ -133,14 +174,8 @@ function _M.is_exhausted(upstream)
 end
 
 
---- Forgets upstreams that are gone.
-function _M.sweep()
-    for name in pairs(known) do
-        if not store.number(name) then
-            known[name] = nil
-        end
-    end
-end
+--- Forgets upstreams that nobody has asked for since the call before the last one.
+_M.sweep = age
 
 
 local function current()
@@ -193,7 +228,6 @@ local function choose(upstream, tried)
     end
     local canary = upstream.canary and canary_for(upstream)
     if canary then
-        look(canary)
         local index = admit(canary) and select_peer(canary, tried, true)
         if index then
             origins[current()] = upstream.name
@@ -217,7 +251,7 @@ local function go_back()
     end
     origins[request] = nil
     var.tidegate_upstream = name
-    return _M.lookup(name)
+    return lookup(name)
 end
 
 
@@ -312,7 +346,7 @@ function _M.balance()
         local why
         if upstream then
             local before = begin(upstream.stats)
-            if look(upstream) and upstream.plain and not upstream.special and not before
+            if calm(upstream) and upstream.plain and not upstream.special and not before
                     and not upstream.open_until then
                 index = upstream.picker:next()
                 if upstream.tries then
@@ -339,7 +373,7 @@ end
 --- Takes note that no peer of upstream `name` has answered the current request.
 -- @return name of the upstream that it belongs to: of a canary's request, where it came from
 function _M.give_up(name)
-    local upstream = known[name]
+    local upstream = recall(name)
     if not upstream then
         return name
     end
@@ -365,7 +399,7 @@ end
 --- Body of `log_by_lua`: takes note of the end of a request.
 function _M.log()
     local stats = metrics.log()
-    local upstream = known[stats.name]
+    local upstream = recall(stats.name) or stats.name ~= "" and lookup(stats.name)
     if upstream then
         note_end(upstream, ngx.status)
     end

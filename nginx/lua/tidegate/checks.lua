@@ -15,6 +15,7 @@ local store = require "tidegate.store"
 local ctl = ngx.shared.tidegate_ctl
 
 local ceil = math.ceil
+local collect = collectgarbage
 local exiting = ngx.worker.exiting
 local find = string.find
 local gmatch = string.gmatch
@@ -44,11 +45,14 @@ local FIRST = 1             -- a peer that is new here is checked within so many
 local MIN_LASTS = 60        -- seconds for which a result says something, at least
 local REST = 16384          -- bytes of an answer that are read after its status, at most
 local REST_TIME = 50        -- ms
+-- What the collector is told to do per upstream that is looked through, in kB: more than it takes.
+local STEP = 4
 
 local _M = {}
 
 local token                 -- of the lock, while this worker is the one
 local planned = {}          -- upstream → {number, check, peers = {id → job}}
+local unchecked = {}        -- upstream without a check → number of the version that has none
 local tick = 0              -- slots that have passed; not the clock's time, which may be set
 local slots = {}            -- number of a slot → list of jobs
 local due = {}              -- jobs to be done now, from `due_first` to `due_last`
@@ -233,7 +237,7 @@ local function scan_upstream(name, number)
     local head = blob and codec.head(blob)
     local check = head and policies.parse(codec.policy(blob, head)).check
     if not check then
-        planned[name] = { number = number, peers = {} }
+        planned[name], unchecked[name] = nil, number
         return
     end
     local before = planned[name]
@@ -250,7 +254,7 @@ local function scan_upstream(name, number)
             jobs[peer.id] = job
         end
     end
-    planned[name] = { number = number, check = check, peers = jobs }
+    planned[name], unchecked[name] = { number = number, check = check, peers = jobs }, nil
 end
 
 
@@ -263,14 +267,18 @@ local function scan(at)
     content, scanned_at = newest, at
     for _, name in ipairs(store.names()) do
         local number = store.number(name)
-        if number and (not planned[name] or planned[name].number ~= number) then
+        local plan_of = planned[name]
+        if number and (plan_of and plan_of.number or unchecked[name]) ~= number then
             scan_upstream(name, number)
+            collect("step", STEP)
         end
         store.breathe()
     end
-    for name in pairs(planned) do
-        if not store.number(name) then
-            planned[name] = nil
+    for _, list in ipairs({ planned, unchecked }) do
+        for name in pairs(list) do
+            if not store.number(name) then
+                list[name] = nil
+            end
         end
     end
 end
@@ -310,7 +318,7 @@ end
 
 
 local function forget_all()
-    planned, slots, due, content, scanned_at = {}, {}, {}, nil, 0
+    planned, unchecked, slots, due, content, scanned_at = {}, {}, {}, {}, nil, 0
     due_first, due_last = 1, 0
 end
 

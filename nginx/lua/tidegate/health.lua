@@ -15,7 +15,6 @@ local retry = require "tidegate.retry"
 
 local holds = ejections.holds
 local key_of = peers.key
-local look = records.look
 local next = next
 local pairs = pairs
 local var = ngx.var
@@ -43,14 +42,8 @@ function _M.calm(upstream)
 end
 
 
-local calm = _M.calm
-
-
---- Looks for news of `upstream`, once per request, and says whether all its peers are usable.
-function _M.look(upstream)
-    look(upstream)
-    return calm(upstream)
-end
+--- Looks for news of `upstream`; see `records.look`.
+_M.look = records.look
 
 
 --- Whether a peer may be sent to at all: also when no other one is usable.

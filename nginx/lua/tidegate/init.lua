@@ -14,6 +14,7 @@ local metrics = require "tidegate.metrics"
 local persist = require "tidegate.persist"
 local posix = require "tidegate.posix"
 local probe = require "tidegate.probe"
+local signal = require "tidegate.signal"
 local site = require "tidegate.site"
 local sticky = require "tidegate.sticky"
 
@@ -74,6 +75,7 @@ end
 function _M.start(options)
     math.randomseed(ngx.time() * 1000 + ngx.worker.pid())
     load.configure()
+    signal.configure()
     if not ctl:get("instance") then
         ctl:set("started_at", ngx.now())
         persist.configure(options.state)
@@ -113,6 +115,8 @@ function _M.start(options)
             hold.set_page(posix.read(options.error_pages .. "/" .. status .. ".html"), status)
         end
     end
+    -- What loading has left behind would go to every worker.
+    collectgarbage()
 end
 
 

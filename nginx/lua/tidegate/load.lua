@@ -9,6 +9,7 @@
 
 local ffi = require "ffi"
 local get_request = require("resty.core.base").get_request
+local memory = require "tidegate.memory"
 local posix = require "tidegate.posix"
 local process = require "ngx.process"
 
@@ -34,10 +35,6 @@ local FADE = 10         -- seconds in which a latency that nobody measures loses
 local WEIGHT_TIME = 5   -- seconds over which latencies are averaged
 local FAILURE = 1       -- seconds that a failed attempt counts at least
 
-local PROT_READ_WRITE = 3
-local MAP_SHARED_ANONYMOUS_NORESERVE = 0x4021
-
-pcall(ffi.cdef, "void *mmap(void *addr, size_t len, int prot, int flags, int fd, long offset);")
 ffi.cdef [[
 typedef struct {
     double latency[131072];     /* of a cell's peer, in seconds; 0: not known */
@@ -52,7 +49,6 @@ typedef struct {
 } tidegate_load_t;
 ]]
 
-local shared_ptr = ffi.typeof("tidegate_load_t *")
 local counts_ptr = ffi.typeof("int32_t *")
 
 local _M = { CAPACITY = CELLS - 1 }
@@ -67,19 +63,7 @@ local begun = {}        -- request → when, where its latency is wanted
 
 --- Maps the memory, or finds what the configuration before has mapped. In the master.
 function _M.configure()
-    -- A version of this file with another layout has a memory of its own.
-    local key = "load_" .. tonumber(ffi.sizeof("tidegate_load_t"))
-    local address = ctl:get(key)
-    if not address then
-        local memory = ffi.C.mmap(nil, ffi.sizeof("tidegate_load_t"), PROT_READ_WRITE,
-                                  MAP_SHARED_ANONYMOUS_NORESERVE, -1, 0)
-        address = tonumber(cast(uintptr, memory))
-        if cast("intptr_t", memory) == -1 then
-            error("no memory for counting load: mmap: errno " .. ffi.errno(), 0)
-        end
-        ctl:set(key, address)
-    end
-    shared = cast(shared_ptr, address)
+    shared = memory.map("load", "tidegate_load_t")
 end
 
 

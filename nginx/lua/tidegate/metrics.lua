@@ -22,6 +22,7 @@ local cast = ffi.cast
 local concat = table.concat
 local exiting = ngx.worker.exiting
 local ffi_new = ffi.new
+local fill = ffi.fill
 local floor = math.floor
 local format = string.format
 local get_method = ngx.req.get_method
@@ -31,6 +32,7 @@ local ipairs = ipairs
 local ngx = ngx
 local now = ngx.now
 local pairs = pairs
+local setmetatable = setmetatable
 local start_time = ngx.req.start_time
 local tonumber = tonumber
 local tostring = tostring
@@ -67,6 +69,7 @@ local CHECKS_OK = EJECTIONS + 6
 local CHECKS_FAILED = EJECTIONS + 7
 local CIRCUIT_REFUSED = EJECTIONS + 8
 local SIZE = EJECTIONS + 9
+local COUNTER_SIZE = 8
 local counters_type = ffi.typeof("double[?]")
 
 local INFLIGHT_TTL = 5
@@ -92,20 +95,23 @@ local _M = {
     CHECKS_FAILED = CHECKS_FAILED,
 }
 
-local all = {}      -- upstream name → its counters in this worker
+-- Upstream name → its counters in this worker, as long as something holds them: the balancer, a
+-- request, or `dirty`.
+local all = setmetatable({}, { __mode = "v" })
+local dirty = {}    -- list of those that have counted since the last flush
 local live = {}     -- address of a request → counters of the upstream it was sent to
 local direct = false
 
 
---- Counters of upstream `name` in this worker: `{name, count (array), inflight, dirty}`; `ended`
--- once its requests leave something behind that the balancer has to clear away at their end.
+--- Counters of upstream `name` in this worker: `{name, count (array; since the last flush),
+-- inflight, dirty}`; `ended` once its requests leave something behind that the balancer has to
+-- clear away at their end.
 local function of(name)
     local entry = all[name]
     if not entry then
         entry = {
             name = name,
             count = ffi_new(counters_type, SIZE),
-            sent = ffi_new(counters_type, SIZE),
             inflight = 0,
             dirty = false,
         }
@@ -118,11 +124,19 @@ end
 _M.of = of
 
 
+local function mark(entry)
+    if not entry.dirty then
+        entry.dirty = true
+        dirty[#dirty + 1] = entry
+    end
+end
+
+
 --- Adds one to the counter at `place` of upstream `name`.
 function _M.add(name, place)
     local entry = of(name)
     entry.count[place] = entry.count[place] + 1
-    entry.dirty = true
+    mark(entry)
 end
 
 
@@ -179,7 +193,7 @@ function _M.log()
     count[place] = count[place] + 1
     count[TOTAL] = count[TOTAL] + 1
     count[SUM] = count[SUM] + seconds
-    entry.dirty = true
+    mark(entry)
     if direct then
         _M.flush()
     end
@@ -204,26 +218,24 @@ end
 
 --- Adds what this worker has counted to the shared counters.
 function _M.flush()
-    local busy = {}
-    for name, entry in pairs(all) do
-        local exists = name == "" or store.number(name)
-        if entry.dirty then
-            entry.dirty = false
-            if exists then
-                local count, sent = entry.count, entry.sent
-                for place = 0, SIZE - 1 do
-                    local delta = count[place] - sent[place]
-                    if delta ~= 0 then
-                        add_up(name .. "\1" .. place, delta)
-                        sent[place] = count[place]
-                    end
+    local marked = dirty
+    dirty = {}
+    for _, entry in ipairs(marked) do
+        entry.dirty = false
+        local name, count = entry.name, entry.count
+        if name == "" or store.number(name) then
+            for place = 0, SIZE - 1 do
+                if count[place] ~= 0 then
+                    add_up(name .. "\1" .. place, count[place])
                 end
             end
         end
+        fill(count, SIZE * COUNTER_SIZE)
+    end
+    local busy = {}
+    for name, entry in pairs(all) do
         if entry.inflight > 0 then
             busy[#busy + 1] = name .. "\1" .. entry.inflight .. "\2"
-        elseif not exists then
-            all[name] = nil
         end
     end
     inflight:safe_set(tostring(ngx.worker.pid()), concat(busy), INFLIGHT_TTL)

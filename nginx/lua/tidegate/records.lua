@@ -162,7 +162,9 @@ local function load(upstream, word, at)
 end
 
 
---- Looks whether there is news of `upstream`; once per request.
+--- Looks whether there is news of `upstream`.
+-- @return whether all is known until `signal` says otherwise; if not, the next request has to look
+--   again
 function _M.look(upstream)
     local health = upstream.health
     local word = dict:get(health.word_key) or false
@@ -174,6 +176,7 @@ function _M.look(upstream)
             load(upstream, word, at)
         end
     end
+    return word == health.word and not health.next_load
 end
 
 
@@ -331,6 +334,7 @@ function _M.forget(names)
         dict:delete(signal.key(names[index]))
         circuit.forget(names[index])
     end
+    signal.note_change()
 end
 
 

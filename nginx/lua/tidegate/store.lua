@@ -14,12 +14,14 @@ local codec = require "tidegate.codec"
 local load = require "tidegate.load"
 local lock = require "tidegate.lock"
 local policies = require "tidegate.policy"
+local signal = require "tidegate.signal"
 
 local ctl = ngx.shared.tidegate_ctl
 local ptr = ngx.shared.tidegate_ptr
 local dat = ngx.shared.tidegate_dat
 local probes = ngx.shared.tidegate_probes
 
+local collect = collectgarbage
 local error = error
 local ipairs = ipairs
 local match = string.match
@@ -33,6 +35,10 @@ local update_time = ngx.update_time
 local LOCK = "push"
 local LOCK_WAIT = 2
 local SLICE = 0.001
+-- What a push has the collector do, in kB after so many upstreams: so that what it leaves behind
+-- does not add up to memory that the worker never gives back.
+local BATCH = 64
+local STEP = 384
 
 local _M = {}
 
@@ -240,6 +246,7 @@ local function recover()
         ctl:incr("content", 1, 0)
         ctl:delete("dirty")
     end
+    signal.end_change()
 end
 
 
@@ -321,6 +328,9 @@ local function apply(token, push)
     local peers = full and 0 or ctl:get("peers") or 0
     for name, upstream in push.next do
         breathe()
+        if upserted % BATCH == BATCH - 1 then
+            collect("step", STEP)
+        end
         local old_blob, old_number = _M.get(name)
         local old = old_blob and codec.decode(old_blob)
         carry_over(upstream, old, at)
@@ -380,6 +390,7 @@ local function apply(token, push)
 
     -- From here to the end nothing yields and nothing can fail.
     ctl:set("dirty", push.revision)
+    signal.begin_change()
     local changed, renamed = {}, #removed > 0
     for index, entry in ipairs(staged) do
         changed[index] = entry.name
@@ -410,6 +421,7 @@ local function apply(token, push)
     ctl:set("writer", push.writer)
     ctl:set("source", "push")
     ctl:set("pushed_at", at)
+    signal.end_change()
     ctl:set("revision", push.revision)
     ctl:incr("content", 1, 0)
     ctl:delete("dirty")
@@ -483,7 +495,9 @@ local function admit(_, name, admitted)
         if not stage(entry) then
             return nil
         end
+        signal.begin_change()
         flip(entry)
+        signal.end_change()
         ctl:incr("content", 1, 0)
     end
     return true
