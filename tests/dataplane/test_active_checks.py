@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
 import ssl
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -191,6 +193,20 @@ def test_panic_when_all_checks_fail_requests_are_served_all_the_same(routed: Pro
         assert {request(routed.http_port).text for _ in range(8)} == {"b0", "b1"}
 
 
+def test_panic_where_there_are_only_backups_it_goes_by_them(routed: Proxy) -> None:
+    with backends(4) as four:
+        peers = [b.peer(backup=True) for b in four]
+        routed.admin.put({A: with_policy(*peers, check=HTTP)})
+        for out in (2, 3, 4):
+            for backend in four[:out]:
+                backend.health = 500
+            wait_until(
+                lambda out=out: list(routed.admin.live(A).values()).count("unhealthy") == out  # type: ignore[misc]
+            )
+            names = {request(routed.http_port).text for _ in range(24)}
+            assert names == ({"b2", "b3"} if out == 2 else {"b0", "b1", "b2", "b3"})
+
+
 def test_without_panic_503_with_retry_after_when_all_checks_fail(routed: Proxy) -> None:
     with backends(2) as both:
         for backend in both:
@@ -235,6 +251,54 @@ def test_a_slow_peer_does_not_delay_the_checks_of_others(routed: Proxy) -> None:
         )
         # One after the other, the slow ones alone would take 100 s for a round.
         wait_until(lambda: len(good.checks) >= 10, timeout=30)
+
+
+class Raw(Backend):
+    """Answers with these bytes and, where they are `endless`, with a byte now and then for ever."""
+
+    said: bytes = b""
+    endless: bool = False
+
+    async def _answer(self, method: str, path: str, *rest: Any) -> bool:
+        writer: asyncio.StreamWriter = rest[-1]
+        writer.write(self.said)
+        while self.endless:
+            await asyncio.sleep(0.02)
+            writer.write(b"x")
+            await writer.drain()
+        return False
+
+
+@pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200"])
+def test_an_answer_that_never_ends_does_not_keep_a_peer_from_its_next_check(
+    routed: Proxy, head: bytes
+) -> None:
+    """Nor does a byte now and then make an answer of what is none within its time."""
+    with Raw("endless") as peer, backends(1) as (good,):
+        peer.said, peer.endless = head, True
+        routed.admin.put({A: with_policy(peer.peer(), good.peer(), check=HTTP, panic=0)})
+        wait_until(lambda: len(peer.checks) >= 4)
+        assert state(routed, peer.name) == "up"
+        peer.said = b""
+        wait_until(lambda: state(routed, peer.name) == "unhealthy")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 200 OK\r\n\r\n",
+        b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\n\r\n",
+    ],
+)
+def test_what_comes_before_an_answer_is_not_taken_for_it(routed: Proxy, said: bytes) -> None:
+    with Raw("hints") as peer:
+        peer.said = said
+        routed.admin.put({A: with_policy(peer.peer(), check={**HTTP, "status": "200"}, panic=0)})
+        wait_until(lambda: len(peer.checks) >= 5)
+        assert check_of(routed, peer.name)["status"] == 200
+        assert state(routed, peer.name) == "up"
+        peer.said = said.replace(b" 200 ", b" 500 ")
+        wait_until(lambda: check_of(routed, peer.name).get("status") == 500)
 
 
 def test_a_check_speaks_tls_where_its_peers_do(routed: Proxy, tmp_path: Path) -> None:

@@ -315,6 +315,37 @@ def test_a_body_survives_the_queue(shared: Proxy, backend: Backend) -> None:
         assert (answer.status, answer.body == body) == (200, True)
 
 
+def test_a_request_that_has_failed_waits_where_all_other_peers_are_full(shared: Proxy) -> None:
+    """And is not sent to the one that has failed it again, whoever has room first."""
+    policy = {"max_conns": 1, "queue": 9, "queue_timeout": 20, "passive": {"failures": 0}}
+    with backends(2) as (bad, good), ThreadPoolExecutor(2) as pool:
+        bad.status = 503
+        retry = {"on": ["error", "http_503"]}
+        serve(shared, bad.peer(), good.peer(backup=True), retry=retry, **policy)
+        for number in range(4):
+            slow = pool.submit(request, shared.http_port, "/sleep/0.5")
+            wait_until(lambda: good.busy == 1)
+            answer = request(shared.http_port, f"/{number}")
+            assert (answer.status, answer.text) == (200, good.name)
+            assert slow.result().text == good.name
+        asked = Counter(seen.path for seen in bad.requests)
+        assert [asked[f"/{number}"] for number in range(4)] == [1] * 4
+
+
+def test_a_peer_killed_while_all_others_are_full_fails_no_request(shared: Proxy) -> None:
+    with backends(3) as three:
+        for backend in three:
+            backend.delay = 0.01
+        serve(shared, *(b.peer() for b in three), max_conns=2, queue=100, queue_timeout=20)
+        with Load(shared.http_port, connections=12) as load:
+            wait_until(lambda: load.total >= 200)
+            three[0].kill()
+            at = load.total
+            # Long enough for it to be tried again by each worker.
+            wait_until(lambda: load.total >= at + 1200, timeout=60)
+        assert load.failed == {}
+
+
 def test_killed_workers_leave_no_connection_counted(
     make_proxy: Callable[..., Proxy], backend: Backend
 ) -> None:
@@ -442,6 +473,23 @@ def test_made_up_and_foreign_cookies_are_new_sessions(shared: Proxy) -> None:
             answer = ask(shared, session)
             assert answer.status == 200
             assert session_of(answer) not in ("", session)
+
+
+def test_a_session_is_found_behind_another_cookie_of_its_name(shared: Proxy) -> None:
+    """A client sends one for each path and domain that it was ever set for."""
+    with backends(3) as three:
+        serve(shared, *(b.peer() for b in three), sticky=COOKIE)
+        first = ask(shared, "")
+        route = f"route={session_of(first)}"
+        for cookies in (
+            f"route=gone; {route}",
+            f"a=1; route=; {route}; b=2",
+            f"subroute=x;{route}",
+        ):
+            answers = [request(shared.http_port, headers={"Cookie": cookies}) for _ in range(6)]
+            assert {(a.text, session_of(a)) for a in answers} == {(first.text, "")}
+        stranger = request(shared.http_port, headers={"Cookie": f"sub{route}; x=route={route}"})
+        assert session_of(stranger)
 
 
 def test_sessions_survive_changes_of_the_peers(shared: Proxy) -> None:
@@ -767,3 +815,31 @@ def test_a_session_stays_on_its_side_of_a_canary(shared: Proxy) -> None:
             for _ in range(3):
                 answer = ask(shared, session)
                 assert (answer.text, session_of(answer)) == (who, "")
+
+
+def test_a_session_without_a_cookie_of_ours_stays_on_its_side_of_a_canary(shared: Proxy) -> None:
+    """What tells the session tells the side: no request of it is on its own."""
+    with backends(4) as (a, b, c, d):
+        sticky = {"kind": "app_cookie", "cookie": "JSESSIONID"}
+
+        def sides(weight: int) -> dict[str, str]:
+            rule = {"upstream": "next", "weight": weight}
+            assert shared.admin.put({}).status == 200
+            main = upstream(a.peer(), b.peer(), sticky=sticky, canary=rule)
+            shared.admin.put({A: main, "next": upstream(c.peer(), d.peer(), sticky=sticky)})
+            found = {}
+            for number in range(60):
+                texts = {ask(shared, f"s{number}", "JSESSIONID").text for _ in range(3)}
+                assert len(texts) == 1
+                found[f"s{number}"] = texts.pop()
+            return found
+
+        none, some, more = sides(0), sides(30), sides(70)
+        assert set(none.values()) == {"b0", "b1"}
+        assert set(some.values()) == {"b0", "b1", "b2", "b3"}
+        # Those that are on the canary stay there when its share grows.
+        moved = {session for session, who in some.items() if who in ("b2", "b3")}
+        assert {session: more[session] for session in moved} == {s: some[s] for s in moved}
+        assert sum(who in ("b2", "b3") for who in more.values()) > len(moved)
+        # What belongs to no session goes by turns.
+        assert len({ask(shared, "").text for _ in range(40)}) == 4

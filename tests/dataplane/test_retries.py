@@ -100,6 +100,71 @@ def test_a_status_that_the_policy_does_not_name_is_not_tried_again(routed: Proxy
         assert sum(seen(peers)) == 1
 
 
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+@pytest.mark.parametrize("on", [["http_503"], ["error", "http_500", "http_502", "http_504"]])
+def test_a_common_answer_that_the_policy_does_not_name_is_passed_on(
+    routed: Proxy, method: str, on: list[str]
+) -> None:
+    with backends(3) as peers:
+        push(routed, peers, retry={"on": on})
+        for status in (403, 404, 429):
+            for backend in peers:
+                backend.status = status
+            before = sum(seen(peers))
+            for _ in range(4):
+                answer = request(routed.http_port, method=method)
+                assert (answer.status, answer.text[0]) == (status, "b")
+            assert sum(seen(peers)) == before + 4
+
+
+def test_common_answers_that_the_policy_names_are_tried_again(proxy: Proxy) -> None:
+    """Also where a peer is dead, with a context root and a body, and by whoever had to wait."""
+    proxy.admin.site(site(proxy.http_port, {"a.test": {"/app/!": A}}))
+    dead = peer(free_port(), id="dead")
+    retry = {"on": ["error", "http_404", "http_429"]}
+    with backends(3) as peers, ThreadPoolExecutor() as pool:
+
+        def ask(path: str = "/app/echo?q=1") -> tuple[int, bytes]:
+            answer = request(proxy.http_port, path, method="PUT", body=b"x" * 100_000)
+            return answer.status, answer.body
+
+        every = [b.peer() for b in peers]
+        proxy.admin.put({A: with_policy(*every, dead, passive=NEVER, retry=retry)})
+        peers[0].status, peers[1].status = 404, 429
+        for _ in range(12):
+            assert ask() == (200, b"x" * 100_000)
+        assert {one.path for b in peers for one in b.requests} == {"/echo?q=1"}
+        assert min(seen(peers)) > 0
+        peers[2].status = 404
+        proxy.admin.patch({A: with_policy(*every, passive=NEVER, retry=retry)})
+        before = sum(seen(peers))
+        status, body = ask()
+        assert (status in (404, 429), body) == (True, b"x" * 100_000)  # the last one's own answer
+        assert sum(seen(peers)) == before + 3
+        for status in (500, 503):
+            for backend in peers:
+                backend.status = status
+            before = sum(seen(peers))
+            assert ask()[0] == status
+            assert sum(seen(peers)) == before + 1
+        # Through a hold, and through a queue.
+        peers[2].status = 200
+        proxy.admin.put({A: with_policy(hold=20.0, passive=NEVER, retry=retry)})
+        held = pool.submit(ask)
+        wait_until(
+            lambda: proxy.admin.metrics().get('tidegate_requests_in_flight{upstream="a.test/"}')
+        )
+        proxy.admin.put({A: with_policy(peers[2].peer(), hold=20.0, passive=NEVER, retry=retry)})
+        assert held.result() == (200, b"x" * 100_000)
+        proxy.admin.put({})
+        peers[0].status = 404
+        both = [peers[0].peer(), peers[2].peer()]
+        limits = {"max_conns": 1, "queue": 5, "queue_timeout": 20}
+        proxy.admin.put({A: with_policy(*both, passive=NEVER, retry=retry, **limits)})
+        answers = [pool.submit(ask) for _ in range(5)]
+        assert {a.result() for a in answers} == {(200, b"x" * 100_000)}
+
+
 @pytest.mark.parametrize(
     ("method", "on", "site_has"),
     [
@@ -313,6 +378,51 @@ def test_a_circuit_stays_open_through_pushes_and_goes_with_the_upstream(routed: 
         routed.admin.put({})
         push(routed, peers, circuit={**CIRCUIT, "open": 60})
         assert (circuit(routed), request(routed.http_port).status) == ("closed", 500)
+
+
+def test_a_canary_serves_while_the_circuit_of_where_its_requests_come_from_is_open(
+    routed: Proxy,
+) -> None:
+    with backends(2) as (old, new):
+        old.status = 500
+        policy = {"circuit": {**CIRCUIT, "open": 60}}
+        routed.admin.put({A: with_policy(old.peer(), **policy), "next": upstream(new.peer())})
+        for _ in range(10):
+            request(routed.http_port)
+        wait_until(lambda: circuit(routed) == "open")
+        rule = {"upstream": "next", "weight": 100}
+        routed.admin.patch({A: with_policy(old.peer(), canary=rule, **policy)})
+        assert {request(routed.http_port).text for _ in range(10)} == {new.name}
+        assert circuit(routed) == "open"
+
+
+def test_a_request_that_tries_a_canarys_circuit_says_nothing_of_the_other_one(
+    routed: Proxy,
+) -> None:
+    """It fails there, goes back, and is no verdict on the upstream that it came from."""
+    with backends(2) as (old, new):
+        new.status = 500
+        rule = {"upstream": "next", "weight": 100}
+        canary = {"circuit": {**CIRCUIT, "open": 0.3}, "retry": {"on": ["error"]}, "passive": NEVER}
+        main = {"circuit": CIRCUIT, "passive": NEVER, "canary": rule}
+        routed.admin.put(
+            {A: with_policy(old.peer(), **main), "next": with_policy(new.peer(), **canary)}
+        )
+
+        def of_canary() -> str:
+            state: str = routed.admin.shown("next")["live"]["circuit"]
+            return state
+
+        for _ in range(10):
+            assert request(routed.http_port).status == 500
+        wait_until(lambda: of_canary() == "open")
+        assert {request(routed.http_port).text for _ in range(6)} == {old.name}
+        wait_until(lambda: of_canary() == "half_open")
+        old.status = 500
+        assert request(routed.http_port, "/reset").status == 502
+        assert new.requests[-1].path == "/reset"
+        assert circuit(routed) == "closed"
+        wait_until(lambda: of_canary() == "open")
 
 
 def test_a_circuit_counts_no_request_that_found_no_peer(routed: Proxy) -> None:

@@ -202,6 +202,29 @@ def test_a_change_of_membership_cuts_no_connection_and_reloads_nothing(
     assert not proxy.workers() - workers, "none is new"
 
 
+def test_a_client_that_has_said_all_still_gets_its_answer(proxy: Proxy, port: int) -> None:
+    """And the other way round: each direction ends by itself."""
+    said = os.urandom(3_000_000)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        proxy.admin.put({ROUTE: upstream(peer(server.getsockname()[1]))})
+        for last in ("client", "peer"):
+            client = socket.create_connection(("127.0.0.1", port), 10)
+            behind, _ = server.accept()
+            behind.settimeout(10)
+            first, second = (client, behind) if last == "peer" else (behind, client)
+            with client, behind:
+                for sender, receiver in ((second, first), (first, second)):
+                    sending = threading.Thread(target=sender.sendall, args=(said,))
+                    sending.start()
+                    got = b""
+                    while len(got) < len(said) and (chunk := receiver.recv(65536)):
+                        got += chunk
+                    sending.join()
+                    assert got == said
+                    sender.shutdown(socket.SHUT_WR)
+                    assert receiver.recv(1) == b""
+
+
 def test_a_draining_peer_gets_no_new_connection(
     proxy: Proxy, port: int, greeters: Callable[..., Greeter]
 ) -> None:

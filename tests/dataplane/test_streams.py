@@ -178,6 +178,41 @@ def test_a_get_is_held_where_bodies_are_not_kept_too(proxy: Proxy) -> None:
             assert answer.result().text == "back"
 
 
+def test_an_upload_waits_in_the_queue_before_any_of_it_is_sent(
+    proxy: Proxy, backend: Backend
+) -> None:
+    push(proxy, site_of(Location("/", A, request_buffering=False)))
+    policy = {"max_conns": 1, "queue": 1, "queue_timeout": 20}
+    proxy.admin.put({A: upstream(backend.peer(), **policy)})
+
+    def waiting() -> float:
+        return proxy.admin.metrics().get(f'tidegate_queue_length{{upstream="{A}"}}', 0)
+
+    body = os.urandom(1_000_000)
+    with ThreadPoolExecutor() as pool:
+        slow = pool.submit(request, proxy.http_port, "/sleep/1")
+        wait_until(lambda: backend.busy == 1)
+        upload = pool.submit(request, proxy.http_port, "/echo", method="POST", body=body)
+        wait_until(lambda: waiting() == 1)
+        assert request(proxy.http_port, method="POST", body=b"x").status == 503
+        assert slow.result().status == 200
+        assert (upload.result().status, upload.result().body == body) == (200, True)
+        assert [seen.path for seen in backend.requests] == ["/sleep/1", "/echo"]
+        # One that leaves frees its place, and what is done leaves nothing behind.
+        slow = pool.submit(request, proxy.http_port, "/sleep/1")
+        wait_until(lambda: backend.busy == 1)
+        leaves = Upload(proxy.http_port, 10)
+        wait_until(lambda: waiting() == 1)
+        leaves.socket.close()
+        wait_until(lambda: waiting() == 0)
+        assert request(proxy.http_port, "/echo", method="POST", body=b"x").body == b"x"
+        for _ in range(4):
+            assert request(proxy.http_port, "/echo", method="POST", body=b"x").body == b"x"
+    counted = f'tidegate_queue_requests_total{{upstream="{A}",result="admitted"}}'
+    wait_until(lambda: proxy.admin.metrics().get(counted) == 2)
+    wait_until(lambda: proxy.admin.shown(A)["peers"][0]["live"]["in_flight"] == 0)
+
+
 # --- copies
 
 

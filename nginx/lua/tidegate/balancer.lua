@@ -194,7 +194,8 @@ local function canary_for(upstream)
     if not other or other.up == 0 then
         return nil
     end
-    if wanted or selection.knows(other) or canaries.turn(canary) then
+    if wanted or selection.knows(other)
+            or canaries.turn(canary, upstream.ring and upstream.ring.key()) then
         return other
     end
     return nil
@@ -203,14 +204,24 @@ end
 
 -- Whether the circuit of `upstream` lets this request through.
 local function admit(upstream)
-    if not upstream.open_until or var.tidegate_trial == "1" then
+    if not upstream.open_until or var.tidegate_trial == upstream.name then
         return true
     end
     local may, trial = circuit.admit(upstream)
     if trial then
-        var.tidegate_trial = "1"
+        var.tidegate_trial = upstream.name
     end
     return may
+end
+
+
+-- The request that tries the circuit of `upstream`, if this is it, goes elsewhere.
+-- @param failed as for `circuit.tried`
+local function end_trial(upstream, failed)
+    if upstream.open_until and var.tidegate_trial == upstream.name then
+        circuit.tried(upstream, failed)
+        var.tidegate_trial = ""
+    end
 end
 
 
@@ -221,14 +232,12 @@ local function choose(upstream, tried)
     if upstream.counted then
         local before, index = queue.admitted()
         if before then
-            return before, index
-        elseif upstream.queue > 0 and queue.busy(upstream) then
-            return upstream, nil, FULL
+            return before, admit(before) and index or nil, "open"
         end
     end
     local canary = upstream.canary and canary_for(upstream)
-    if canary then
-        local index = admit(canary) and select_peer(canary, tried, true)
+    if canary and admit(canary) then
+        local index = select_peer(canary, tried, true)
         if index then
             origins[current()] = upstream.name
             canary.stats.ended = true
@@ -236,6 +245,12 @@ local function choose(upstream, tried)
             begin(canary.stats)
             return canary, index
         end
+        end_trial(canary)
+    end
+    if not admit(upstream) then
+        return upstream, nil, "open"
+    elseif upstream.queue > 0 and queue.busy(upstream) then
+        return upstream, nil, FULL
     end
     return upstream, select_peer(upstream, tried)
 end
@@ -250,6 +265,10 @@ local function go_back()
         return nil
     end
     origins[request] = nil
+    local canary = recall(var.tidegate_upstream)
+    if canary then
+        end_trial(canary, true)
+    end
     var.tidegate_upstream = name
     return lookup(name)
 end
@@ -271,13 +290,17 @@ local function choose_again(name, upstream)
     look(asked)
     local tried = attempts.tried(made, again == "retry" and 1 or made.first,
                                  tonumber(var.tidegate_failed_at) or 0)
-    local index = select_peer(asked, tried)
+    local index, why = select_peer(asked, tried)
+    local origin = not index and go_back()
+    if origin then
+        asked = origin
+        index, why = select_peer(asked, tried)
+    end
     if not index then
-        asked = go_back()
-        index = asked and select_peer(asked, tried)
-        if not index then
-            return nil
+        if why == FULL and asked.queue > 0 then
+            var.tidegate_no_peer = FULL
         end
+        return nil
     end
     if asked ~= upstream then
         begin(asked.stats)
@@ -311,9 +334,7 @@ end
 -- @return upstream, index or nil, and why there is none
 local function choose_first(upstream, before)
     local again = before and var.tidegate_again or ""
-    if not admit(upstream) then
-        return upstream, nil, "open"
-    elseif again == "" and retry.heeds_answers(upstream) and var.tidegate_streamed ~= "1" then
+    if again == "" and retry.heeds_answers(upstream) and var.tidegate_streamed ~= "1" then
         return upstream, nil, "led"
     end
     local tried

@@ -3,8 +3,10 @@
 -- Why: it is decided before any peer is looked for, by the request alone, so it stands alone. Must
 -- not choose a peer.
 
+local byte = string.byte
 local gsub = string.gsub
 local lower = string.lower
+local md5_bin = ngx.md5_bin
 local random = math.random
 local var = ngx.var
 
@@ -52,7 +54,13 @@ end
 
 
 --- Whether it is the canary's turn, by its share of the requests that say nothing.
-function _M.turn(canary)
+-- @param session what the request's session is told by, nil or empty where it has none: all
+--   requests of one stay on one side
+function _M.turn(canary, session)
+    if session and session ~= "" then
+        local high, low = byte(md5_bin(session), 1, 2)
+        return high * 256 + low < canary.share * 65536
+    end
     local position = (canary.position + GOLDEN) % 1
     canary.position = position
     return position < canary.share

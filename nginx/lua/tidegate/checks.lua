@@ -44,7 +44,8 @@ local MAX_RUNNERS = 256     -- checks at a time
 local FIRST = 1             -- a peer that is new here is checked within so many seconds
 local MIN_LASTS = 60        -- seconds for which a result says something, at least
 local REST = 16384          -- bytes of an answer that are read after its status, at most
-local REST_TIME = 50        -- ms
+local REST_TIME = 0.05      -- seconds for that, in all
+local STATUS_LINE = 12      -- bytes up to the status
 -- What the collector is told to do per upstream that is looked through, in kB: more than it takes.
 local STEP = 4
 
@@ -90,44 +91,75 @@ local function is_expected(status, text)
 end
 
 
+-- Each call of a socket has a time limit of its own: a peer that sends a byte now and then would
+-- never come to an end. So each gets what is left until `deadline`; false where nothing is.
+local function limit(socket, deadline)
+    update_time()
+    local left = (deadline - now()) * 1000
+    socket:settimeout(max(left, 1))
+    return left > 0
+end
+
+
 -- Reads what is left of an answer, so that the peer does not see its connection reset.
 local function read_rest(socket)
-    socket:settimeout(REST_TIME)
-    local size = 0
-    repeat
+    update_time()
+    local deadline, size = now() + REST_TIME, 0
+    while size < REST and limit(socket, deadline) do
         local data = socket:receiveany(REST)
-        size = size + (data and #data or 0)
-    until not data or size >= REST
+        if not data then
+            return
+        end
+        size = size + #data
+    end
+end
+
+
+-- The status of an answer; those of 1xx come before it.
+-- @return number; or nil and what is wrong
+local function read_status(socket, deadline)
+    local text = ""
+    while #text < REST and limit(socket, deadline) do
+        local data, err = socket:receiveany(REST - #text)
+        if not data then
+            return nil, "no answer: " .. err
+        end
+        text = text .. data
+        local skipped
+        repeat
+            text, skipped = gsub(text, "^HTTP/1%.[01] 1%d%d.-\r?\n\r?\n", "", 1)
+        until skipped == 0
+        local status = match(text, "^HTTP/1%.[01] ([2-9]%d%d)")
+        if status then
+            return tonumber(status)
+        elseif #text >= STATUS_LINE and not find(text, "^HTTP/1%.[01] 1%d%d") then
+            return nil, "the answer is not HTTP"
+        end
+    end
+    return nil, "no answer: timeout"
 end
 
 
 local function ask(socket, check, host, deadline)
     local ok, err
     if check.tls then
-        update_time()
-        socket:settimeout(max((deadline - now()) * 1000, 1))
+        limit(socket, deadline)
         ok, err = socket:sslhandshake(false, (gsub(host, ":%d+$", "")), false)
         if not ok then
             return { ok = false, message = "no TLS: " .. err }
         end
     end
-    update_time()
-    socket:settimeout(max((deadline - now()) * 1000, 1))
+    limit(socket, deadline)
     ok, err = socket:send(check.method .. " " .. check.path .. " HTTP/1.1\r\nHost: " .. host
                                 .. "\r\nUser-Agent: tidegate-check\r\nAccept: */*\r\n"
                                 .. "Connection: close\r\n\r\n")
-    local head
-    if ok then
-        update_time()
-        socket:settimeout(max((deadline - now()) * 1000, 1))
-        head, err = socket:receive(12)
-    end
-    if not head then
+    if not ok then
         return { ok = false, message = "no answer: " .. err }
     end
-    local status = tonumber(match(head, "^HTTP/1%.[01] (%d%d%d)$"))
+    local status
+    status, err = read_status(socket, deadline)
     if not status then
-        return { ok = false, message = "the answer is not HTTP" }
+        return { ok = false, message = err }
     end
     read_rest(socket)
     if is_expected(status, check.status) then

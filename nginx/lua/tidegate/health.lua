@@ -142,7 +142,7 @@ function _M.note_end(upstream, status)
     end
     if policy.circuit then
         local failed = verdict(status, made)
-        if var.tidegate_trial == "1" then
+        if var.tidegate_trial == upstream.name then
             circuit.tried(upstream, failed)
         elseif failed ~= nil and not upstream.open_until then
             circuit.count(upstream, failed)

@@ -29,6 +29,8 @@ local var = ngx.var
 
 -- nginx allows 10 internal redirects per request.
 local MAX_ATTEMPTS = 8
+-- Where each attempt takes two of them.
+local MAX_ATTEMPTS_ELSEWHERE = 3
 -- While peers are there and refuse, they are more likely broken than on their way.
 local REFUSING_LIMIT = 5
 -- Longer than a replacement commonly takes that is started once the old one has ended.
@@ -202,17 +204,40 @@ local function wait(name, tried, started, pause)
 end
 
 
--- Waits before the request has been sent to anybody, where all peers are known to be away.
+-- Takes a place with a peer whose number of requests is limited, or waits for one.
+-- @param full whether all peers that could be asked are known to be full
+-- @return whether the request can go on
+local function take_place(name, full, tried)
+    local admitted, how = queue.wait(name, balancer.lookup, tried)
+    if not admitted then
+        metrics.add(name, how == "expired" and metrics.QUEUE_EXPIRED or metrics.QUEUE_REFUSED)
+        return false
+    elseif full or how then
+        metrics.add(name, metrics.QUEUE_ADMITTED)
+    end
+    return true
+end
+
+
+-- Waits before the request has been sent to anybody, where all peers are known to be away or have
+-- as many requests as they may have.
 local function wait_before()
     local name = var.tidegate_upstream
     local upstream = balancer.lookup(name)
-    if not upstream or upstream.hold == 0 or not balancer.is_exhausted(upstream) then
+    if not upstream then
         return
     end
-    metrics.begin(upstream.stats)
-    local found, refused = wait(name, nil, now(), 0)
-    metrics.add(name, found and metrics.HELD_RESUMED or refused and metrics.HELD_REFUSED
-                or metrics.HELD_EXPIRED)
+    if upstream.hold > 0 and balancer.is_exhausted(upstream) then
+        metrics.begin(upstream.stats)
+        local found, refused = wait(name, nil, now(), 0)
+        metrics.add(name, found and metrics.HELD_RESUMED or refused and metrics.HELD_REFUSED
+                    or metrics.HELD_EXPIRED)
+    elseif upstream.queue > 0 and not upstream.canary and not upstream.open_until then
+        metrics.begin(upstream.stats)
+        if not take_place(name, false) then
+            return answer(503)
+        end
+    end
 end
 
 
@@ -228,23 +253,14 @@ function _M.before_grpc()
 end
 
 
--- Has the request proxied again from here.
-local function go_on(how)
+-- Has the request proxied again from here, or from the location `elsewhere`.
+local function go_on(how, elsewhere)
     var.tidegate_again = how
     strip_prefix()
     ngx.status = ngx.HTTP_OK
-end
-
-
--- All peers have as many requests as they may have.
-local function wait_for_room(name)
-    local admitted, why = queue.wait(name, balancer.lookup)
-    if not admitted then
-        metrics.add(name, why == "expired" and metrics.QUEUE_EXPIRED or metrics.QUEUE_REFUSED)
-        return answer(503)
+    if elsewhere then
+        return ngx.exec(elsewhere)
     end
-    metrics.add(name, metrics.QUEUE_ADMITTED)
-    return go_on("queued")
 end
 
 
@@ -266,8 +282,10 @@ end
 
 
 --- Body of `rewrite_by_lua` of the location that failed requests are led to. Returns if the
--- request is to be proxied again.
-function _M.fail()
+-- request is to be proxied again from there.
+-- @param any name of the location to proxy it from where a policy has statuses tried again that
+--   this one has not; nil where it has all
+function _M.fail(any)
     local status, name = ngx.status, var.tidegate_upstream
     if not name or name == "" or status == 503 then
         return answer(status)
@@ -285,7 +303,7 @@ function _M.fail()
         metrics.add(name, metrics.CIRCUIT_REFUSED)
         return answer(503, upstream and circuit.retry_after(upstream))
     elseif why == "led" then
-        return go_on("led")
+        return go_on("led", upstream and upstream.retry_any and any)
     elseif why == "" and not made.asked then
         health.note_failure(name, upstream, made)
     end
@@ -293,20 +311,27 @@ function _M.fail()
     if origin ~= name then
         name, upstream = origin, balancer.lookup(origin)
     end
+    local elsewhere = upstream and upstream.retry_any and any
+    local limit = elsewhere and MAX_ATTEMPTS_ELSEWHERE or MAX_ATTEMPTS
     local repeatable = is_repeatable()
-    if why == selection.FULL then
-        if not repeatable then
-            return answer(503)
-        end
-        return wait_for_room(name)
-    end
     local attempt, failed_at = tonumber(var.tidegate_attempt) or 0, now()
-    var.tidegate_attempt = attempt + 1
-    var.tidegate_failed_at = failed_at
-    if repeatable and attempt < MAX_ATTEMPTS and upstream and why == "" and not made.asked
+    if #made > 0 or why ~= selection.FULL then
+        var.tidegate_attempt = attempt + 1
+        var.tidegate_failed_at = failed_at
+    end
+    if why == selection.FULL then
+        local tried = #made > 0 and attempts.tried(made, 1, failed_at) or nil
+        if not repeatable or attempt >= limit or not take_place(name, true, tried) then
+            return answer(503)
+        elseif tried then
+            retry.note(name)
+        end
+        return go_on("queued", elsewhere)
+    end
+    if repeatable and attempt < limit and upstream and why == "" and not made.asked
             and may_retry(upstream, made) then
         retry.note(name)
-        return go_on("retry")
+        return go_on("retry", elsewhere)
     end
     local sent, last = was_sent(made), made[#made]
     local timed_out = (last and last.status or status) == 504
@@ -314,7 +339,7 @@ function _M.fail()
     if no_peer and held_since == "" then
         metrics.add(name, metrics.NO_PEER)
     end
-    if repeatable and upstream and upstream.hold > 0 and attempt < MAX_ATTEMPTS
+    if repeatable and upstream and upstream.hold > 0 and attempt < limit
             and (not sent or not timed_out and may_repeat(upstream)) then
         local started = tonumber(held_since) or now()
         var.tidegate_held_since = started
@@ -325,7 +350,7 @@ function _M.fail()
             if held_since == "" then
                 metrics.add(name, metrics.HELD_RESUMED)
             end
-            return go_on("held")
+            return go_on("held", elsewhere)
         end
         metrics.add(name, refused and metrics.HELD_REFUSED or metrics.HELD_EXPIRED)
         upstream = balancer.lookup(name)

@@ -115,8 +115,10 @@ end
 
 --- Waits until a peer of upstream `name` has room for the current request. Yields.
 -- @param lookup function that gives the upstream of a name as it is now
--- @return true if the request can be proxied, else nil and `refused` (too many wait) or `expired`
-function _M.wait(name, lookup)
+-- @param tried as for `selection.select`
+-- @return true if the request can be proxied, and whether it had to wait for that; else nil and
+--   `refused` (too many wait) or `expired`
+function _M.wait(name, lookup, tried)
     local upstream = lookup(name)
     local cell = upstream and upstream.head.queue_cell or 0
     if not upstream or upstream.queue == 0 or cell == 0
@@ -133,25 +135,21 @@ function _M.wait(name, lookup)
             _M.wake(name)
         end
     end
-    on_abort(function()
-        leave()
-        ngx.exit(499)
-    end)
-    local told = false
+    local told, waited = false, false
     while true do
         local first = head_of(name, list) == entry
         if first or told then
             upstream = lookup(name)
             local index, why, session
             if upstream then
-                index, why, session = select_peer(upstream)
+                index, why, session = select_peer(upstream, tried)
             end
             if index then
                 admitted[current()] = { upstream = upstream, index = index }
             end
             if why ~= FULL then
                 leave()
-                return true
+                return true, waited
             end
             if session then
                 wake_after(list, entry)
@@ -161,6 +159,17 @@ function _M.wait(name, lookup)
         if left <= 0 then
             leave()
             return nil, "expired"
+        end
+        if not waited then
+            waited = true
+            -- Nobody would free the place of a client that leaves unnoticed.
+            if not on_abort(function()
+                leave()
+                ngx.exit(499)
+            end) then
+                leave()
+                return nil, "refused"
+            end
         end
         told = entry.semaphore:wait(max(first and min(left, POLL) or left, SHORTEST))
     end

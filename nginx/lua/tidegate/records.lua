@@ -122,7 +122,7 @@ local function load(upstream, word, at)
     local health, peers, policy = upstream.health, upstream.peers, upstream.policy
     local passive, check = policy.passive.failures > 0, policy.check
     local ejected, unhealthy, suspects, next_load = {}, {}, {}, nil
-    local all, well, spare = 0, 0, 0
+    local all, well, spares, spare = 0, 0, 0, 0
     for index = 0, upstream.up + upstream.draining - 1 do
         local key, peer = key_of(upstream, index), peers[index]
         local is_out = false
@@ -143,6 +143,7 @@ local function load(upstream, word, at)
         end
         if index < upstream.up then
             if peer.backup == 1 then
+                spares = spares + 1
                 spare = spare + (is_out and 0 or 1)
             else
                 all = all + 1
@@ -154,6 +155,9 @@ local function load(upstream, word, at)
     health.loaded = at
     health.next_load = next_load
     health.suspects = next(suspects) and suspects
+    if all == 0 then
+        all, well, spare = spares, spare, 0
+    end
     -- Backup peers are there for this very case: as long as one of them is well, no panic.
     local panic = spare == 0 and well < policy.panic * all
     health.ejected = not panic and next(ejected) and ejected or nil

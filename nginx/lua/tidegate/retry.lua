@@ -45,6 +45,7 @@ function _M.open(upstream, before, candidates)
     upstream.tries = tries > 1 and tries
     upstream.retry_on = on
     upstream.retry_led = statuses and tries > 1
+    upstream.retry_any = upstream.retry_led and (on.http_403 or on.http_404 or on.http_429)
     upstream.budget = policy.budget > 0 and (before and before.budget or {
         newest = 0, requests = {}, retries = {}, all_requests = 0, all_retries = 0,
     })

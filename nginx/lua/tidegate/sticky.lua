@@ -10,6 +10,7 @@ local byte = string.byte
 local concat = table.concat
 local encode_base64 = ngx.encode_base64
 local find = string.find
+local gmatch = string.gmatch
 local gsub = string.gsub
 local hmac = ngx.hmac_sha1
 local ipairs = ipairs
@@ -111,6 +112,18 @@ local function build(upstream)
 end
 
 
+-- The same of all cookies of that name, where the first one is nobody's: clients send one for each
+-- path and domain that it was ever set for.
+local function find_among(cookies, wanted, indexes)
+    for name, value in gmatch(cookies, "([^;=%s]+)=([^;]*)") do
+        if name == wanted and indexes[value] then
+            return indexes[value]
+        end
+    end
+    return nil
+end
+
+
 --- Index of the peer that the current request's session belongs to; nil where there is none.
 function _M.find(upstream)
     local session = upstream.session
@@ -118,7 +131,8 @@ function _M.find(upstream)
     if not value then
         return nil
     end
-    return (session.indexes or build(upstream))[value]
+    local indexes = session.indexes or build(upstream)
+    return indexes[value] or find_among(var.http_cookie or "", session.name, indexes)
 end
 
 
@@ -126,7 +140,7 @@ end
 local function others(name)
     local cookies, rest = ngx.header["Set-Cookie"], {}
     for _, cookie in ipairs(type(cookies) == "table" and cookies or { cookies }) do
-        if not find(cookie, name .. "=", 1, true) then
+        if find(cookie, name .. "=", 1, true) ~= 1 then
             rest[#rest + 1] = cookie
         end
     end
