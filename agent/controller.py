@@ -71,6 +71,7 @@ class SiteRenderer:
         return Rendered(
             files=render.render(site, self._settings, capabilities),
             hosts=render.hosts_of_files(site),
+            settings=render.SETTINGS_OF_FILES,
         )
 
     def generation(self, files: Mapping[str, str]) -> str:

@@ -25,6 +25,13 @@ from agent.model import BackendTls, Host, Location, Protocol, Site, VerifyClient
 DEFAULT_FILE = "00-default.conf"
 """The file of what all hosts share."""
 
+CONNECTIONS_FILE = "00-default.events"
+WORKERS_FILE = "00-default.main"
+"""The files of what concerns nginx as a whole; each is there only where its setting is made."""
+
+SETTINGS_OF_FILES = {CONNECTIONS_FILE: "MaxConn", WORKERS_FILE: "WorkerProcesses"}
+"""The setting that each of these is made of."""
+
 PASSTHROUGH_FILE = "passthrough.stream"
 """The file that tells, by server name, whose TLS is passed on unopened; for nginx's stream part."""
 
@@ -148,6 +155,10 @@ def render(site: Site, settings: Settings, caps: Capabilities) -> dict[str, str]
             )
     except _TEMPLATE_FAULTS as error:
         raise RenderError(_told(error, extension.template_path)) from error
+    if extension.max_conn:
+        files[CONNECTIONS_FILE] = f"worker_connections {extension.max_conn};\n"
+    if extension.worker_processes:
+        files[WORKERS_FILE] = f"worker_processes {extension.worker_processes};\n"
     return dict(sorted(files.items()))
 
 

@@ -238,6 +238,15 @@ echo "listen unix:$run/raw.sock proxy_protocol;" >"$run/raw.inc"
 
 mkdir -p -- "$state/site/builtin"
 sed "s|@HTTP_PORT@|$http_port|g" "$home/builtin.conf" >"$state/site/builtin/00-builtin.conf"
+# What a site does not set itself, it takes from here; one of an older version does not know yet.
+for limit in "main worker_processes $workers" "events worker_connections $worker_connections"; do
+    directive=${limit#* }
+    echo "$directive;" >"$run/${directive% *}.inc"
+    for site in "$state"/site/*/; do
+        file=${site}00-default.${limit%% *}
+        [ -s "$file" ] || echo "include ${directive% *}.inc;" >"$file"
+    done
+done
 [ -L "$state/site/current" ] || ln -s builtin "$state/site/current"
 
 # What request ids begin with, so that no two instances and no two starts make the same.
@@ -250,7 +259,6 @@ fi
 # shellcheck disable=SC2086 # no word where there is no stream part; paths have no blanks (check)
 cat -- "$home/nginx.conf" $stream_part | sed -e "s|@MODULES@|$modules|g" \
     -e "s|@USER@|$user_line|g" \
-    -e "s|@WORKERS@|$workers|g" \
     -e "s|@SHUTDOWN_TIMEOUT@|$shutdown_timeout|g" \
     -e "s|@RUN@|$run|g" \
     -e "s|@STATE@|$state|g" \
@@ -260,7 +268,6 @@ cat -- "$home/nginx.conf" $stream_part | sed -e "s|@MODULES@|$modules|g" \
     -e "s|@CA_BUNDLE@|$ca_bundle|g" \
     -e "s|@ERROR_LOG@|$error_log|g" \
     -e "s|@ACCESS_LOG@|$access_log_line|g" \
-    -e "s|@WORKER_CONNECTIONS@|$worker_connections|g" \
     -e "s|@POINTER_SIZE@|${pointer_size}k|g" \
     -e "s|@DICT_SIZE@|$dict_size|g" \
     -e "s|@TOKEN_FILE@|$token_file|g" \

@@ -11,6 +11,7 @@ import json
 import sys
 import textwrap
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from agent.config import interlock2
@@ -164,6 +165,8 @@ def _type(annotation: Any) -> str:
         return _type(get_args(annotation)[0])
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(annotation))
+    if origin is UnionType:
+        return " or ".join(_type(choice) for choice in get_args(annotation))
     if origin is tuple:
         return f"list of {_type(get_args(annotation)[0])}"
     if origin is Annotated:

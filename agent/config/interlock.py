@@ -120,10 +120,11 @@ KEYS: tuple[Key, ...] = (
         "as it was, and no longer lost where `interlock.port` matches",
         *SERVING,
     ),
-    _refused(
+    _honoured(
         "MaxConn",
-        "the connections of a worker are reserved when OpenResty starts; set "
-        "TIDEGATE_WORKER_CONNECTIONS (default 8192) in OpenResty's environment",
+        "worker_connections, as nginx's was: of each worker, to clients and peers together "
+        "(HAProxy counted those of clients alone). Left out it is not 1024 but "
+        "TIDEGATE_WORKER_CONNECTIONS of OpenResty's environment, 8192",
         *SERVING,
     ),
     _honoured("Port", "as it was", *SERVING),
@@ -204,10 +205,10 @@ KEYS: tuple[Key, ...] = (
         "in its environment",
         *_NGINX,
     ),
-    _refused(
+    _honoured(
         "WorkerProcesses",
-        "workers are started with OpenResty; set TIDEGATE_WORKERS (default: one per core) in its "
-        "environment",
+        "as it was, or `auto`, one per core; left out it is not 2 but TIDEGATE_WORKERS of "
+        "OpenResty's environment, `auto`",
         *_NGINX,
     ),
     _refused(

@@ -30,6 +30,8 @@ _TAKEN_OF_CONFIG: Mapping[str, tuple[str, ...]] = {
     "ReadTimeout": ("ProxyReadTimeout",),
     "ServerTimeout": ("ProxyReadTimeout", "ProxySendTimeout"),
     "ClientTimeout": ("SendTimeout",),
+    "MaxConnections": ("MaxConn",),
+    "WorkerProcesses": ("WorkerProcesses",),
     "SSLDefaultDHParamPath": ("DHParamPath",),
     "SSLCiphers": ("SSLCiphers",),
     "SSLProtocols": ("SSLProtocols",),
@@ -130,10 +132,10 @@ KEYS: tuple[Key, ...] = (
         "master and workers run as one user; set TIDEGATE_USER in OpenResty's environment",
     ),
     _not(Scope.TABLE_CONFIG, "PidPath", "set TIDEGATE_RUN_DIR in OpenResty's environment"),
-    _not(
+    _as(
         Scope.TABLE_CONFIG,
         "MaxConnections",
-        "set TIDEGATE_WORKER_CONNECTIONS (default 8192) in OpenResty's environment",
+        "; left out it is TIDEGATE_WORKER_CONNECTIONS of OpenResty's environment, 8192",
     ),
     _as(Scope.TABLE_CONFIG, "ConnectTimeout"),
     _as(Scope.TABLE_CONFIG, "SendTimeout"),
@@ -163,10 +165,10 @@ KEYS: tuple[Key, ...] = (
         "there is no global default; say it for each service with the label "
         "com.docker.lb.ssl_backend_tls_verify",
     ),
-    _not(
+    _as(
         Scope.TABLE_CONFIG,
         "WorkerProcesses",
-        "set TIDEGATE_WORKERS (default: one per core) in OpenResty's environment",
+        ", or `auto`; left out it is TIDEGATE_WORKERS of OpenResty's environment, `auto`",
     ),
     _not(
         Scope.TABLE_CONFIG,

@@ -103,6 +103,56 @@ def parse_network(value: str) -> str:
         raise ValueError('expected an address or a network such as "10.0.0.0/8"') from None
 
 
+def parse_max_conn(value: int) -> int:
+    """Check how many connections a worker is to have; nginx would take numbers that do not work."""
+    if not LEAST_CONNECTIONS <= value <= MOST_CONNECTIONS:
+        raise ValueError(
+            f"expected {LEAST_CONNECTIONS} to {MOST_CONNECTIONS} connections per worker, of which "
+            "listeners, peers and health checks take theirs; leave MaxConn out for what "
+            "TIDEGATE_WORKER_CONNECTIONS of OpenResty's environment says"
+        )
+    return value
+
+
+def parse_worker_processes(value: object) -> object:
+    """Check how many workers there are to be."""
+    if value == "auto" or (type(value) is int and 1 <= value <= MOST_WORKERS):
+        return value
+    raise ValueError(
+        f'expected 1 to {MOST_WORKERS} workers, or "auto" for one per core; leave WorkerProcesses '
+        "out for what TIDEGATE_WORKERS of OpenResty's environment says"
+    )
+
+
+LEAST_CONNECTIONS = 128
+"""What a worker needs for itself, with a little room: listeners, timers, checks, the admin API."""
+MOST_CONNECTIONS = 1048576
+"""As many files as Linux lets a process have open (fs.nr_open)."""
+MOST_WORKERS = 128
+"""During a reload there are as many old ones, and OpenResty counts in 256 workers."""
+
+MaxConn = Annotated[
+    int,
+    AfterValidator(parse_max_conn),
+    WithJsonSchema(
+        {
+            "type": "integer",
+            "anyOf": [
+                {"const": 0},
+                {"minimum": LEAST_CONNECTIONS, "maximum": MOST_CONNECTIONS},
+            ],
+        }
+    ),
+]
+WorkerProcesses = Annotated[
+    int | str,
+    BeforeValidator(parse_worker_processes),
+    WithJsonSchema(
+        {"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 0, "maximum": MOST_WORKERS}]}
+    ),
+]
+
+
 def check_admin_url(value: str) -> str:
     """Whether an instance can be reached there; else its driver would look in the wrong place."""
     expected = 'expected "http://HOST:PORT", "https://HOST:PORT" or "unix:/PATH"'
@@ -346,11 +396,20 @@ class Extension(_Table):
     backend_override_address: str = Field(
         "", description="address for published ports that the engine reports as 0.0.0.0"
     )
+    max_conn: MaxConn = Field(
+        0,
+        description="connections of each worker, to clients and peers together, 128 to 1048576, "
+        "some 0.4 kB of memory each; more than OpenResty's limit of open files cannot be used. "
+        "0: what TIDEGATE_WORKER_CONNECTIONS of its environment says, by default 8192",
+    )
+    worker_processes: WorkerProcesses = Field(
+        0,
+        description='workers of OpenResty, 1 to 128, or `"auto"` for one per core. 0: what '
+        "TIDEGATE_WORKERS of its environment says, by default `auto`",
+    )
     config_path: str = _unused("", "ConfigPath")
     pid_path: str = _unused("", "PidPath")
-    max_conn: int = _unused(0, "MaxConn")
     user: str = _unused("", "User")
-    worker_processes: int = _unused(0, "WorkerProcesses")
     rlimit_no_file: int = _unused(0, "RLimitNoFile")
     nginx_plus_enabled: bool = _unused(False, "NginxPlusEnabled")
     ssl_opts: str = _unused("", "SSLOpts")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Protocol
 
@@ -86,10 +86,12 @@ class Rendered:
         files: name to text, complete.
         hosts: name of a file to the host, or `TCP port N`, that it is for. Only these can be
             quarantined: the others are the ground that all hosts stand on.
+        settings: name of a file to the setting that it is made of.
     """
 
     files: Mapping[str, str]
     hosts: Mapping[str, str]
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 class Renderer(Protocol):

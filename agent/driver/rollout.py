@@ -218,6 +218,12 @@ class Rollout:
             except SiteRefused as error:
                 self._sink.push(name, "site", "refused")
                 self._sink.reload(name, "refused", time.monotonic() - began)
+                if error.file is not None and error.file in rendered.settings:
+                    raise SiteRefused(
+                        f"{rendered.settings[error.file]} of the settings does not work, and all "
+                        f"other changes of the site wait for it: {error}",
+                        file=error.file,
+                    ) from error
                 if error.file is None or error.file not in rendered.hosts:
                     raise
                 if error.file not in files:

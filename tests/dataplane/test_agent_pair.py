@@ -473,6 +473,29 @@ def test_sighup_takes_new_settings_and_refuses_bad_ones(proxy, start):
         assert big.status == 413
 
 
+def test_connections_and_workers_of_the_settings_are_one_reload_and_go_with_them(proxy, start):
+    agent = start()
+    with backends(1) as (one,):
+        agent.write(service("a.test", one))
+        agent.start()
+        agent.wait_in_sync()
+        generation = proxy.admin.status()["generation"]
+        with Load(proxy.http_port, connections=2, keep_alive=False) as load:
+            agent.configure(extension="MaxConn = 512\nWorkerProcesses = 3")
+            wait_until(lambda: proxy.admin.status()["workers"] == 3, what="workers as it says")
+            files = proxy.admin.call("GET", "/v1/site").json()["files"]
+            assert files["00-default.events"] == "worker_connections 512;\n"
+            wait_until(lambda: agent.metric("tidegate_reloads_total") == 2, what="one reload")
+
+            agent.configure()
+            wait_until(
+                lambda: proxy.admin.status()["generation"] == generation, what="as it was before"
+            )
+            assert settled(proxy)
+            assert proxy.admin.status()["workers"] == 2
+        assert load.failed == {}
+
+
 def test_plan_says_what_would_be_done_and_does_nothing(proxy, start):
     agent = start()
     with backends(2) as (one, two):

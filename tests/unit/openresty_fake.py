@@ -209,6 +209,7 @@ class FakeRenderer:
 
     def __init__(self, ground: str = "ground") -> None:
         self.ground = ground
+        self.limits: dict[str, str] = {}
         self.tcp = False
         self.renders = 0
 
@@ -218,7 +219,11 @@ class FakeRenderer:
         hosts = {f"{host.name}.conf": host.name for host in site.hosts}
         for name in [f"TCP port {route.port}" for route in site.tcp if self.tcp]:
             files[f"{name}.conf"], hosts[f"{name}.conf"] = name, name
-        return Rendered(files={"00-ground.conf": self.ground, **files}, hosts=hosts)
+        return Rendered(
+            files={"00-ground.conf": self.ground, **self.limits, **files},
+            hosts=hosts,
+            settings={"00-limits.events": "MaxConn"},
+        )
 
     def generation(self, files: Mapping[str, str]) -> str:
         return f"{hash(tuple(sorted(files.items()))) & (2**256 - 1):064x}"

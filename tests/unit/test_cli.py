@@ -222,9 +222,9 @@ def test_check_says_which_of_several_settings_counts(config, monkeypatch):
 
 
 def test_check_names_a_key_that_is_not_used_and_strict_does_not_fail_on_it(config):
-    config.write_text(config.read_text() + "[[Extensions]]\nName = 'nginx'\nMaxConn = 5\n")
+    config.write_text(config.read_text() + "[[Extensions]]\nName = 'nginx'\nRLimitNoFile = 5\n")
     result = tidegate("check", "-c", config, "--strict")
-    assert "Extensions[0].MaxConn is not used" in result.stdout
+    assert "Extensions[0].RLimitNoFile is not used" in result.stdout
     assert result.exit_code == OK
 
 

@@ -562,6 +562,25 @@ def test_a_site_refused_without_a_file_leaves_the_old_one_and_is_tried_again(ngi
     assert nginx.reloads == 2
 
 
+def test_a_setting_that_nginx_refuses_is_named_and_no_host_is_put_apart(nginx):
+    with running(nginx) as rig:
+        settle(rig, desired({"a": ("10.0.0.1",)}))
+        good = nginx.generation
+        nginx.refuse_site = lambda files: (
+            SiteRefused("128 worker_connections are not enough", file="00-limits.events")
+            if "00-limits.events" in files
+            else None
+        )
+        rig.renderer.limits = {"00-limits.events": "worker_connections 128;\n"}
+        rig.fleet.apply(desired({"a": ("10.0.0.1",), "b": ()}))
+        eventually(lambda: rig.state() is InstanceState.REFUSED)
+        told = rig.fleet.views()[0].error
+        assert "MaxConn of the settings does not work" in told
+        assert "128 worker_connections are not enough" in told
+        assert rig.fleet.rejections() == ()
+        assert nginx.generation == good
+
+
 def test_a_refused_upstream_does_not_hold_up_the_others(nginx):
     def refuse(upstreams):
         if "b/" in upstreams and upstreams["b/"].peers[0].address == "10.0.0.66":

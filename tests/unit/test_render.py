@@ -157,6 +157,8 @@ CASES: dict[str, tuple[Site, Settings, Capabilities]] = {
             ssl_protocols="TLSv1.3",
             ssl_ciphers="",
             client_max_body_size="10m",
+            max_conn=4096,
+            worker_processes="auto",
         ),
         NEW,
     ),

@@ -265,9 +265,49 @@ def test_a_key_of_the_other_extension_is_named_with_what_works_here():
 
 
 def test_each_key_that_is_not_used_is_one_remark_that_says_what_to_use():
-    (said,) = remarks("[[Extensions]]\nName = 'haproxy'\nMaxConn = 4096")
-    assert said.startswith("c: Extensions[0].MaxConn is not used: ")
-    assert "TIDEGATE_WORKER_CONNECTIONS" in said
+    (said,) = remarks("[[Extensions]]\nName = 'nginx'\nRLimitNoFile = 4096")
+    assert said.startswith("c: Extensions[0].RLimitNoFile is not used: ")
+    assert "ulimits: nofile" in said
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[[Extensions]]\nName = 'nginx'\nMaxConn = 4096\nWorkerProcesses = 3",
+        "[[Extensions]]\nName = 'haproxy'\nMaxConn = 4096\nWorkerProcesses = 3",
+        "[Extensions.default.Config]\nMaxConnections = 4096\nWorkerProcesses = 3",
+    ],
+)
+def test_connections_and_workers_are_taken_from_every_form_of_the_file(text):
+    read, said = load(text, where="c")
+    assert (read.extension.max_conn, read.extension.worker_processes, said) == (4096, 3, ())
+
+
+def test_workers_can_be_one_per_core():
+    assert settings("[[Extensions]]\nWorkerProcesses = 'auto'").extension.worker_processes == "auto"
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("MaxConn = 1", ["got 1, expected 128 to 1048576", "TIDEGATE_WORKER_CONNECTIONS"]),
+        ("MaxConn = 2000000", ["got 2000000, expected 128 to 1048576"]),
+        ("MaxConn = -1", ["got -1, expected 128 to 1048576"]),
+        ("MaxConn = '4k'", ["got '4k', expected a whole number"]),
+        ("MaxConn = true", ["got True, expected a whole number"]),
+        ("WorkerProcesses = -1", ["got -1, expected 1 to 128 workers", "TIDEGATE_WORKERS"]),
+        ("WorkerProcesses = 129", ["got 129, expected 1 to 128 workers"]),
+        ("WorkerProcesses = 'all'", ["got 'all', expected 1 to 128 workers"]),
+        ("WorkerProcesses = true", ["got True, expected 1 to 128 workers"]),
+    ],
+)
+def test_connections_and_workers_that_cannot_work_are_errors_with_the_cure(line, told):
+    with pytest.raises(SettingsError) as caught:
+        load(f"[[Extensions]]\n{line}", where="c")
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"c: line 2: Extensions[0].{line.split(' ', 1)[0]}: ")
+    for words in told:
+        assert words in problem
 
 
 def test_of_several_extensions_the_first_that_serves_counts():
@@ -281,7 +321,7 @@ def test_of_several_extensions_the_first_that_serves_counts():
     [[Extensions]]
     Name = "nginx"
     Port = 82
-    MaxConn = 5
+    MaxConn = 512
     [Rules.all]
     Type = "image"
     Regex = ".*"
@@ -441,6 +481,7 @@ def test_a_file_of_interlock_2_is_read_as_it_is():
     read, said = load(INTERLOCK_2, where="c")
     extension = read.extension
     assert (extension.port, extension.ssl_port) == (8000, 8443)
+    assert extension.max_conn == 1024
     assert extension.times == {
         "proxy_connect_timeout": "60s",
         "proxy_send_timeout": "61s",
@@ -473,7 +514,6 @@ def test_a_file_of_interlock_2_is_read_as_it_is():
                 "PublishedSSLPort",
                 "Labels",
                 "Config.User",
-                "Config.MaxConnections",
                 "Config.HTTPOptions",
             ]
         ),

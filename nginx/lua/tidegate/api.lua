@@ -9,6 +9,7 @@ local certificates = require "tidegate.certificates"
 local codec = require "tidegate.codec"
 local json = require "tidegate.json"
 local lease = require "tidegate.lease"
+local limits = require "tidegate.limits"
 local live = require "tidegate.live"
 local metrics = require "tidegate.metrics"
 local posix = require "tidegate.posix"
@@ -196,7 +197,8 @@ end
 -- Whether a file of a site may have this name: `.stream` is for nginx's stream part.
 local function is_file_name(name)
     return type(name) == "string" and #name <= 255
-        and (find(name, "^[a-z0-9_][a-z0-9._-]*%.conf$")
+        and (limits.is_name(name)
+             or find(name, "^[a-z0-9_][a-z0-9._-]*%.conf$")
              or find(name, "^[a-z0-9_][a-z0-9._-]*%.stream$")) ~= nil
 end
 
@@ -224,6 +226,10 @@ local function put_site()
                 }
             elseif type(text) ~= "string" or find(text, "%z") then
                 errors[#errors + 1] = { field = "files." .. shown, message = "expected text" }
+            elseif limits.is_name(name) and limits.fault(name, text) then
+                errors[#errors + 1] = {
+                    field = "files." .. shown, message = limits.fault(name, text),
+                }
             end
             if #errors >= MAX_ERRORS then
                 break

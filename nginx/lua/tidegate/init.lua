@@ -8,6 +8,7 @@ local checks = require "tidegate.checks"
 local health = require "tidegate.health"
 local hold = require "tidegate.hold"
 local lease = require "tidegate.lease"
+local limits = require "tidegate.limits"
 local load = require "tidegate.load"
 local metrics = require "tidegate.metrics"
 local persist = require "tidegate.persist"
@@ -24,16 +25,22 @@ require "tidegate.mirror"
 local ctl = ngx.shared.tidegate_ctl
 
 local every = ngx.timer.every
+local floor = math.floor
 local gsub = string.gsub
 local ipairs = ipairs
+local max = math.max
+local min = math.min
 local ngx = ngx
 local pcall = pcall
 
 local ERRORS = { 500, 502, 503, 504 }
+-- A worker needs for itself: listeners, timers, checks, the admin API.
+local OWN_CONNECTIONS = 64
 
 local _M = { version = "0.1.0" }
 
 local has_stream = false
+local max_held
 
 
 local function random_id()
@@ -78,7 +85,8 @@ function _M.start(options)
     persist.configure(options.state)
     lease.configure(options.lease_ttl)
     site.configure(options, certificates.prepare)
-    certificates.configure(options, site.texts())
+    local texts = site.texts()
+    certificates.configure(options, texts)
     local token = read_secret("TIDEGATE_ADMIN_TOKEN", options.token_file)
     -- All instances of an agent have the same token, so they read each other's sessions.
     sticky.configure(read_secret("TIDEGATE_SESSION_SECRET", options.session_secret_file)
@@ -90,7 +98,11 @@ function _M.start(options)
         version = _M.version,
         features = options.features,
     })
-    hold.set_limit(options.max_held)
+    -- Those that wait for a peer must not keep out the push that brings it, and take a connection
+    -- each to that peer.
+    local connections = limits.connections(options.run, texts)
+    max_held = max(0, min(options.max_held, floor((connections - OWN_CONNECTIONS) / 2)))
+    hold.set_limit(max_held)
     has_stream = options.stream
     local page, err = posix.read(options.error_page)
     if page then
@@ -134,6 +146,7 @@ function _M.start_worker()
     site.worker_started()
     every(1, guarded("counting load", load.sweep))
     if has_stream then
+        ctl:set("max_held", max_held)
         bridge.publish(ctl:get("instance"))
     end
     -- Each second, so that a worker that dies leaves nothing undone for long.

@@ -7,6 +7,7 @@
 -- `STATE/site/` has a directory per generation and the link `current`. A directory is complete
 -- before it gets its name, and the link changes in one step.
 
+local limits = require "tidegate.limits"
 local lock = require "tidegate.lock"
 local posix = require "tidegate.posix"
 local store = require "tidegate.store"
@@ -20,6 +21,7 @@ local find = string.find
 local format = string.format
 local gmatch = string.gmatch
 local gsub = string.gsub
+local huge = math.huge
 local match = string.match
 local ngx = ngx
 local now = ngx.now
@@ -41,6 +43,8 @@ local RELOAD_LIMIT = 10     -- seconds for new workers to appear, and twice what
 local OLD_LIMIT = 2         -- seconds for the old workers to hear of it
 local STEP = 0.01
 local BUILTIN = "builtin"
+-- What nginx.conf includes of a site's directory.
+local INCLUDED = { "00-default.main", "00-default.events", "*.conf", "*.stream" }
 
 local _M = {}
 
@@ -62,8 +66,9 @@ function _M.configure(options, prepare_site)
 end
 
 
---- Tells all workers that this one runs its generation.
+--- Tells all workers that this one runs its generation, and of how many it is one.
 function _M.worker_started()
+    ctl:set("workers\1" .. load, ngx.worker.count(), 600)
     ctl:incr("started\1" .. load, 1, 0, 600)
     if load >= (ctl:get("running_load") or 0) then
         ctl:set("running_load", load)
@@ -147,10 +152,16 @@ local function sorted_names(files)
 end
 
 
--- Writes the files into a new directory.
+-- Writes the files into a new directory, and what has to be there besides.
 local function stage(directory, files)
     remove_tree(directory)
     local ok, err = posix.mkdir(directory)
+    for name, text in pairs(ok and limits.defaults(files) or {}) do
+        ok, err = posix.write(directory .. "/" .. name, text)
+        if not ok then
+            return nil, err
+        end
+    end
     local names = sorted_names(files)
     for _, name in ipairs(ok and names or {}) do
         ok, err = posix.write(directory .. "/" .. name, files[name])
@@ -178,8 +189,9 @@ local function write_test_conf(path, directory)
             text = sub(text, 1, first - 1) .. to .. sub(text, last + 1)
         end
     end
-    replace(settings.state .. "/site/current/*.conf", directory .. "/*.conf")
-    replace(settings.state .. "/site/current/*.stream", directory .. "/*.stream")
+    for _, name in ipairs(INCLUDED) do
+        replace(settings.state .. "/site/current/" .. name, directory .. "/" .. name)
+    end
     replace('require("tidegate.init").start', 'require("tidegate.init").test')
     replace(settings.run .. "/nginx.pid", path .. ".pid")
     return posix.write(path, text)
@@ -206,6 +218,11 @@ local function explain(output, directory, files)
             refusal.file = sub(path, #directory + 2)
         end
         refusal.message = gsub(message, " in %S+:%d+$", "")
+        return refusal
+    end
+    local blamed = limits.blamed(message, files)
+    if blamed then
+        refusal.file, refusal.line = blamed, 1
         return refusal
     end
     -- Of a port it says which, but not who asked for it. Those of `.conf` files are everybody's.
@@ -296,7 +313,9 @@ local function reload(wanted, limit)
         fatal = log_since(offset)
         local running = ctl:get("running_load") or 0
         return fatal or running > previous and ctl:get("generation") == wanted
-            and (ctl:get("started\1" .. running) or 0) >= ngx.worker.count()
+            -- Of the new workers: the site may have asked for another number of them.
+            and (ctl:get("started\1" .. running) or 0)
+                >= (ctl:get("workers\1" .. running) or huge)
     end)
     if fatal then
         return nil, fatal

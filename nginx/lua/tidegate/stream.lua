@@ -11,15 +11,14 @@ local _M = {}
 
 --- Body of `init_worker_by_lua` of the stream part. Where it succeeds, the instance says that it
 -- has the feature `stream`: this write through the shared memory is the proof.
--- @param max_held connections that may wait for a peer at a time
-function _M.start_worker(max_held)
+function _M.start_worker()
     math.randomseed(ngx.now() * 1000 + ngx.worker.pid() * 104729)
     local ok, err = bridge.attach()
     if not ok then
         ngx.log(ngx.ERR, "tidegate: no TCP routes and no passthrough: ", err)
         return
     end
-    require("tidegate.tcp").start(max_held)
+    require("tidegate.tcp").start(ngx.shared.tidegate_ctl:get("max_held"))
     ngx.shared.tidegate_ctl:safe_set("stream", 1)
 end
 
