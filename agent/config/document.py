@@ -169,8 +169,6 @@ def _type(annotation: Any) -> str:
         return " or ".join(_type(choice) for choice in get_args(annotation))
     if origin is tuple:
         return f"list of {_type(get_args(annotation)[0])}"
-    if origin is Annotated:
-        return _type(get_args(annotation)[0])
     names = {str: "string", int: "integer", bool: "boolean", float: "duration"}
     return names.get(annotation, "table")
 

@@ -47,7 +47,7 @@ HEADERS = """\
     proxy_set_header X-Forwarded-Proto $scheme;
     proxy_set_header X-Forwarded-Host $http_host;
     proxy_set_header X-Forwarded-Port $server_port;
-    proxy_set_header X-Request-ID $request_id;
+    proxy_set_header X-Request-ID "bench-$connection-$connection_requests";
     proxy_set_header Connection "";
     proxy_buffers 16 16k;
 """
