@@ -20,7 +20,10 @@ def test_every_metric_is_told(routed: Proxy, backend: Backend) -> None:
     told = dict(re.findall(r"^\| `(tidegate_\w+)` \| (\w+) \|", DOC, re.M))
     modules = (ROOT / "nginx/lua/tidegate").glob("*.lua")
     source = "".join(path.read_text() for path in modules)
-    families = dict(re.findall(r'\{ "(\w+)", "(counter|gauge|histogram)"', source))
+    families = dict(
+        re.findall(r'(?:\{ |:family\(|:single\()"(\w+)", "(counter|gauge|histogram)"', source)
+    )
+    families |= dict.fromkeys(re.findall(r'print_gauge\(text, \w+, "(\w+)"', source), "gauge")
     routed.admin.put({"a.test/": upstream(backend.peer())})
     request(routed.http_port)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
+import socket
 import threading
 
 import pytest
@@ -189,6 +191,34 @@ def test_the_text_is_well_formed(routed: Proxy, backend: Backend) -> None:
     assert [x for x in text.splitlines() if not line.fullmatch(x)] == []
     typed = re.findall(r"# TYPE (\w+) ", text)
     assert len(typed) == len(set(typed))
+
+
+def test_a_long_text_is_sent_as_it_is_made_and_in_order(routed: Proxy, backend: Backend) -> None:
+    """No worker holds all of it, which for ten thousand upstreams is many MB."""
+    names = [f"h{number}.test/" for number in range(3000)]
+    routed.admin.put({name: upstream(backend.peer()) for name in [A, *names]})
+    request(routed.http_port)
+    head, sizes, body = b"", [], b""
+    with socket.create_connection(("127.0.0.1", routed.admin.port), timeout=30) as connection:
+        connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: admin\r\nConnection: close\r\n\r\n")
+        stream = connection.makefile("rb")
+        while (line := stream.readline()) != b"\r\n":
+            head += line
+        while size := int(stream.readline(), 16):
+            body += stream.read(size)
+            sizes.append(size)
+            assert stream.readline() == b"\r\n"
+    assert b"chunked" in head
+    assert max(sizes) < 100_000
+    lines = body.decode().splitlines()
+    assert sum(line.startswith("tidegate_peers{") for line in lines) == 1 + len(names)
+    families = [
+        re.match(r"(?:# HELP )?(tidegate_\w+?)(_bucket|_sum|_count)?[ {]", x)
+        for x in lines
+        if not x.startswith("# TYPE ")
+    ]
+    order = [found[1] for found in families if found]
+    assert len([name for name, _ in itertools.groupby(order)]) == len(set(order))
 
 
 def test_admin_calls_are_not_traffic(proxy: Proxy) -> None:

@@ -7,11 +7,11 @@ local access = require "tidegate.access"
 local answer = require "tidegate.answer"
 local certificates = require "tidegate.certificates"
 local codec = require "tidegate.codec"
+local exposition = require "tidegate.exposition"
 local json = require "tidegate.json"
 local lease = require "tidegate.lease"
 local limits = require "tidegate.limits"
 local live = require "tidegate.live"
-local metrics = require "tidegate.metrics"
 local posix = require "tidegate.posix"
 local process = require "ngx.process"
 local push = require "tidegate.push"
@@ -302,7 +302,7 @@ end
 
 local function get_metrics()
     ngx.header["Content-Type"] = "text/plain; version=0.0.4; charset=utf-8"
-    metrics.print({
+    exposition.print({
         generation = site.generation(),
         counts = live.counts,
         nginx = {

@@ -41,7 +41,6 @@ local _M = {
     OPEN_PREFIX = OPEN_PREFIX,
     families = {
         { "tcp_connections_total", "counter", "TCP connections that ended, by how." },
-        { "tcp_connections_open", "gauge", "TCP connections that are open." },
         { "tcp_connect_failures_total", "counter", "TCP connections that a peer did not accept." },
         { "tcp_held_connections_total", "counter",
           "TCP connections that waited for a peer, by how that ended." },
@@ -130,12 +129,13 @@ function _M.open_by_name()
 end
 
 
---- Calls `line(family, labels, amount)` for each counter of upstream `name` that was ever above 0.
-function _M.each(name, line)
+--- Calls `line(labels, amount)` for each counter of a family of upstream `name` that was ever
+-- above 0.
+function _M.each(name, family, line)
     for place, counter in ipairs(COUNTERS) do
-        local amount = met:get(key_of(name, place))
+        local amount = counter[1] == family and met:get(key_of(name, place))
         if amount then
-            line(counter[1], counter[2], amount)
+            line(counter[2], amount)
         end
     end
 end
