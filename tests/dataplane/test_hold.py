@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -378,6 +379,53 @@ def test_a_refusing_peer_that_comes_back_within_the_hold_fails_nothing(routed: P
             back.listen()
             assert (answer.result().status, answer.result().body) == (200, b"once")
         assert len(back.requests) == 1
+
+
+class StandIn:
+    """Accepts for a peer that does not listen yet, and closes: as Docker's proxy does."""
+
+    def __init__(self, port: int) -> None:
+        self.met = 0
+        self._listener = socket.create_server(("127.0.0.1", port))
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                with connection:
+                    connection.settimeout(5)
+                    self.met += bool(connection.recv(10000))
+
+    def close(self) -> None:
+        # A thread that waits in `accept` would keep the port.
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+def test_a_new_peer_that_something_accepts_for_is_waited_for(routed: Proxy) -> None:
+    """The probe finds a listener, and the request is closed without a byte until the app is up."""
+    port = free_port()
+    stand_in = StandIn(port)
+    routed.admin.put({A: upstream(peer(port, id="new"), hold=60)})
+    wait_until(lambda: routed.admin.live(A) == {"new": "up"})
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(request, routed.http_port)
+        wait_until(lambda: stand_in.met > 0)
+        stand_in.close()
+        with Backend("new", port=port) as new:
+            assert answer.result().text == "new"
+            assert len(new.requests) == 1
+
+
+def test_what_is_not_idempotent_is_not_sent_again_to_a_new_peer_either(routed: Proxy) -> None:
+    port = free_port()
+    stand_in = StandIn(port)
+    routed.admin.put({A: upstream(peer(port, id="new"), hold=60)})
+    wait_until(lambda: routed.admin.live(A) == {"new": "up"})
+    assert request(routed.http_port, method="POST", body=b"once").status == 502
+    assert stand_in.met == 1
+    stand_in.close()
 
 
 def test_held_requests_survive_a_reload(routed: Proxy) -> None:

@@ -78,6 +78,7 @@ end
 
 --- The peers that must not be asked again: those of the attempts from `first` on, and of earlier
 -- ones those to which a byte was sent.
+-- Those whose `refused` is set have not been asked.
 -- @param before Unix time before which the earlier attempts were made
 -- @return Unix time by `address:port`; a peer that has come up after it is another one
 function _M.tried(made, first, before)
@@ -85,7 +86,7 @@ function _M.tried(made, first, before)
     for place = 1, #made do
         if place >= first then
             result[made[place].address] = huge
-        elseif made[place].sent > 0 then
+        elseif made[place].sent > 0 and not made[place].refused then
             result[made[place].address] = before
         end
     end

@@ -340,6 +340,9 @@ local function choose_first(upstream, before)
     local tried
     if again ~= "" then
         local made = attempts.read()
+        if again == "held" then
+            health.mark_refused(upstream, made)
+        end
         tried = attempts.tried(made, again == "retry" and 1 or #made + 1,
                                tonumber(var.tidegate_failed_at) or now())
     end

@@ -14,11 +14,14 @@ local records = require "tidegate.records"
 local retry = require "tidegate.retry"
 
 local holds = ejections.holds
+local ipairs = ipairs
 local key_of = peers.key
 local next = next
+local now = ngx.now
 local pairs = pairs
 local var = ngx.var
 
+local NEW = 10      -- seconds in which a peer may not listen yet behind what accepts for it
 local FAILED = { [502] = true, [503] = true, [504] = true }
 
 local _M = {}
@@ -83,6 +86,32 @@ function _M.sweep()
 end
 
 
+-- Whether an attempt met what accepts connections for a peer that does not listen yet, and closes
+-- them without a word: so does Docker's proxy of a published port while a container starts.
+local function met_a_stand_in(upstream, attempt, at)
+    if attempt.answered or attempt.received > 0 or attempt.status ~= 502 then
+        return false
+    end
+    local index = peers.find(upstream, attempt.address)
+    return index ~= nil and at - upstream.peers[index].since < NEW
+end
+
+
+--- Sets `refused` of those attempts that have reached no application.
+-- @param upstream as it is now, nil if it is gone
+-- @param made as `attempts.read` gives it
+function _M.mark_refused(upstream, made)
+    local at = now()
+    for _, attempt in ipairs(made) do
+        attempt.refused = not attempt.connected
+            or upstream ~= nil and met_a_stand_in(upstream, attempt, at)
+    end
+end
+
+
+local mark_refused = _M.mark_refused
+
+
 local function blame(upstream, attempt)
     local index = upstream and peers.find(upstream, attempt.address)
     if index then
@@ -100,8 +129,11 @@ function _M.note_failure(name, upstream, made)
     if not last then
         return
     end
-    if not last.connected then
+    mark_refused(upstream, made)
+    if last.refused then
         eject(name, last.address)
+    end
+    if not last.connected then
         metrics.add(name, metrics.CONNECT_FAILURES)
     end
     if not last.answered or FAILED[last.status] then

@@ -349,6 +349,7 @@ function _M.fail(any)
         local started = tonumber(held_since) or now()
         var.tidegate_held_since = started
         local pause = no_peer and 0 or 0.005 * 2 ^ attempt
+        health.mark_refused(upstream, made)
         local tried = attempts.tried(made, #made + 1, failed_at)
         local found, refused = wait(name, tried, started, pause)
         if found then
