@@ -87,9 +87,10 @@ end
 
 
 -- Whether an attempt met what accepts connections for a peer that does not listen yet, and closes
--- them without a word: so does Docker's proxy of a published port while a container starts.
+-- them without a word: so does Docker's proxy of a published port while a container starts. Where
+-- there are other peers, one that has seen a request never gets it again.
 local function met_a_stand_in(upstream, attempt, at)
-    if attempt.answered or attempt.received > 0 or attempt.status ~= 502 then
+    if upstream.up ~= 1 or attempt.answered or attempt.received > 0 or attempt.status ~= 502 then
         return false
     end
     local index = peers.find(upstream, attempt.address)
